@@ -1,0 +1,348 @@
+"""Reading, writing and colour of pictures: files and arrays in, sRGB pictures and tensors out."""
+
+import io
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+
+# A fixed list: others of Pillow's readers run outside programs (EPS) or accept nearly any bytes (TGA).
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
+_SUFFIXES = {suffix: name for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+_ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "AVIF", "JPEG2000")
+_SOME_SUFFIXES = ".png, .jpg, .webp or .tiff"
+_DAMAGED_REMEDY = "convert it to 8-bit PNG, or get an undamaged copy"
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_pillow_limit_lock = threading.Lock()
+
+
+class ImageError(ValueError):
+    """A picture cannot be read or written; the message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture: `rgb` in mode RGB and sRGB; `alpha` in mode L and of the same size, or None."""
+
+    rgb: Image.Image
+    alpha: Image.Image | None
+
+
+def read_image(
+    source: str | os.PathLike | BinaryIO | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS
+) -> Picture:
+    """Read a picture upright (EXIF) and in sRGB (ICC), with its alpha if it has one.
+
+    `source` is a path, a binary stream, a PIL image or a uint8 array of shape (H, W, 3) in sRGB. An animation
+    gives its first frame. 16-bit grey is scaled to 8 bits, and so are floats in [0, 1].
+
+    Raises ImageError if the picture is missing, unreadable, damaged, or has more than `max_pixels` pixels
+    (found from the header, before anything is decoded), and TypeError if `source` is none of the above.
+    """
+    if isinstance(source, Image.Image):
+        return _to_picture(source, "the image", max_pixels)
+    if isinstance(source, np.ndarray):
+        return _to_picture(_from_array(source), "the array", max_pixels)
+    if isinstance(source, (str, os.PathLike)):
+        with _open_file(source) as file:
+            return _to_picture(_open_image(file, source), source, max_pixels)
+    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        name = getattr(source, "name", "the stream")
+        return _to_picture(_open_image(source, name), name, max_pixels)
+    raise TypeError(
+        f"source is a {type(source).__name__}; give a path, a binary stream, a PIL image or a numpy array"
+    )
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Image to a contiguous float32 tensor of shape (1, 3, H, W) in [0, 1]; ValueError if it is not RGB."""
+    if image.mode != "RGB":
+        raise ValueError(f"image has mode {image.mode}, not RGB; convert it with read_image")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0).contiguous()
+    return pixels.float().div_(255)
+
+
+def to_pil(tensor: torch.Tensor) -> Image.Image:
+    """Floating-point tensor of shape (1, 3, H, W) or (3, H, W) to an RGB image.
+
+    Values are clamped to [0, 1] and rounded to the nearest of the 256 levels. Raises ValueError for another
+    shape or dtype, and ImageError if a value is NaN.
+    """
+    shape = tuple(tensor.shape)
+    if shape[:-2] not in ((1, 3), (3,)) or not tensor.is_floating_point():
+        raise ValueError(f"tensor is {tensor.dtype} {shape}; give floats of shape (1, 3, H, W) or (3, H, W)")
+    if tensor.isnan().any():
+        raise ImageError("the result contains NaN; check the weights and the inputs, or use float32")
+    levels = tensor.detach().reshape(shape[-3:]).float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def resize_short_side(image: Image.Image, size: int | None) -> Image.Image:
+    """Image with its short side at `size` pixels (Lanczos), its shape kept; unchanged if `size` is None.
+
+    Raises ValueError if `size` is neither None nor a positive int.
+    """
+    if size is None:
+        return image
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size is {size!r}; give a whole number of pixels of at least 1, or None")
+    short = min(image.size)
+    width, height = (round(side * size / short) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def transfer_color(stylized: Image.Image, content: Image.Image) -> Image.Image:
+    """RGB image with the luminance of `stylized` and the chroma of `content`.
+
+    This is the luminance-only transfer of Gatys et al. 2016 (arXiv 1606.05897), in YCbCr. Raises ValueError
+    if the two differ in size.
+    """
+    if stylized.size != content.size:
+        raise ValueError(f"stylized is {stylized.size} and content {content.size}; resize one to the other")
+    luminance = stylized.convert("YCbCr").getchannel("Y")
+    _, blue, red = content.convert("YCbCr").split()
+    return Image.merge("YCbCr", (luminance, blue, red)).convert("RGB")
+
+
+def write_image(
+    image: Image.Image,
+    target: str | os.PathLike | BinaryIO,
+    *,
+    alpha: Image.Image | None = None,
+    quality: int = 95,
+    format: str | None = None,
+) -> None:
+    """Write an RGB image to a path, whose missing folders are made, or to a binary stream.
+
+    `format` is a suffix without its dot, such as "png"; it defaults to the suffix of the path, and a stream
+    needs it. `alpha` (mode L, the image's size) is left out where the format cannot hold it, as in JPEG.
+    `quality` (1 to 100) counts for JPEG, WebP and AVIF. A file appears whole or not at all: if writing fails,
+    an earlier file of that name is kept.
+
+    Raises ImageError if the format is unknown or writing fails, ValueError if `quality` is out of range.
+    """
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise ValueError(f"quality is {quality!r}; give a whole number from 1 to 100")
+    is_path = isinstance(target, (str, os.PathLike))
+    name = target if is_path else getattr(target, "name", "the stream")
+    encoder = _format_of(target if is_path else "", format, name)
+    try:
+        data = _encode(image, alpha if encoder in _ALPHA_FORMATS else None, encoder, quality)
+        if is_path:
+            _replace_file(Path(os.path.realpath(target)), data)
+        else:
+            target.write(data)
+            target.flush()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ImageError(
+            f"cannot write {name}: a file stands where its folder should be; choose another path"
+        ) from error
+    except Exception as error:  # Pillow's encoders raise errors of many kinds
+        raise ImageError(f"cannot write {name}: {_reason(error)}; choose another path or format") from error
+
+
+def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The files among `paths` as they are, and for each folder its pictures, sorted by name, each once.
+
+    Folders are not searched deeper, and their hidden files are left out. Raises ImageError for a path that
+    does not exist and for a folder that cannot be listed or has no pictures.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise ImageError(f"{path} does not exist; check the path")
+        for file in _images_in(path) if path.is_dir() else [path]:
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
+
+
+def _images_in(folder: Path) -> list[Path]:
+    try:
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+    except OSError as error:
+        raise ImageError(f"cannot list {folder}: {_reason(error)}") from error
+    images = [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+    if not images:
+        raise ImageError(f"{folder} has no pictures in it; name a folder with {_SOME_SUFFIXES} files")
+    return images
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _open_file(path: str | os.PathLike) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ImageError(f"cannot read {path}: {_reason(error)}; give the path of a picture") from error
+
+
+@contextmanager
+def _without_pillow_limit() -> Iterator[None]:
+    """Switch off Pillow's own limit on pixels, which is global, while a header is read."""
+    with _pillow_limit_lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open_image(file: BinaryIO, name: object) -> Image.Image:
+    """Read the header of a picture."""
+    try:
+        if not file.seekable():
+            file = io.BytesIO(file.read())
+        with _without_pillow_limit():
+            return Image.open(file, formats=tuple(set(_SUFFIXES.values())))
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        found = "not a picture of a known format" if file.read(1) else "empty"
+        raise ImageError(f"cannot read {name}: it is {found}; give a {_SOME_SUFFIXES} file") from error
+    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
+        raise ImageError(f"cannot read {name}: {_reason(error)}; {_DAMAGED_REMEDY}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(f"the array is {array.dtype} of shape {array.shape}; give uint8 of shape (H, W, 3)")
+    return Image.fromarray(array)
+
+
+def _to_picture(image: Image.Image, name: object, max_pixels: int) -> Picture:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} is {width}x{height}, {width * height} pixels, over the limit of {max_pixels}; "
+            "shrink it or raise the limit (--max-pixels, max_pixels=)"
+        )
+    if width * height == 0:
+        raise ImageError(f"{name} is {width}x{height} and so has no pixels; give another")
+    try:
+        image.load()
+        image = _to_upright(image)
+        return Picture(_to_srgb(image), _alpha_of(image))
+    except Exception as error:  # Pillow's decoders raise errors of many kinds for damaged files
+        raise ImageError(f"cannot read {name}: {_reason(error)}; {_DAMAGED_REMEDY}") from error
+
+
+def _to_upright(image: Image.Image) -> Image.Image:
+    """Image turned as its EXIF orientation says; damaged EXIF data is ignored.
+
+    ImageOps.exif_transpose is no help here: it fails where any other field is damaged.
+    """
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as for the decoders
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _alpha_of(image: Image.Image) -> Image.Image | None:
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # Pillow has no conversion from 16-bit grey with a transparent level
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(opaque.astype(np.uint8) * 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """RGB copy in sRGB, without metadata, which would otherwise be written out again."""
+    base = _to_base_mode(image)
+    rgb = _apply_profile(base, image.info.get("icc_profile")) or base.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _to_base_mode(image: Image.Image) -> Image.Image:
+    """8-bit L, CMYK or RGB: the modes that colour profiles describe."""
+    if image.mode.startswith(("I", "F")):
+        return _to_8_bit(image)
+    if image.mode in ("1", "L", "LA"):
+        return image.convert("L")
+    if image.mode == "P":
+        return image.convert("RGBA").convert("RGB")  # straight to RGB, Pillow warns of the lost transparency
+    return image if image.mode == "CMYK" else image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of floats in [0, 1], to L; Pillow's own conversion clips at 255."""
+    top = 1 if image.mode == "F" else 65535
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        raise ImageError(f"its values go from {low} to {high}, outside 0 to {top}")
+    return Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))
+
+
+def _apply_profile(image: Image.Image, icc: bytes | None) -> Image.Image | None:
+    """RGB image in sRGB, or None if there is no profile or it is broken or made for other modes."""
+    if not icc:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if image.mode == "L" and profile.profile.xcolor_space == "RGB ":
+            image = image.convert("RGB")
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return None
+
+
+def _format_of(target: str | os.PathLike, format: str | None, name: object) -> str:
+    suffix = f".{format}" if format else Path(target).suffix
+    if suffix.lower() not in _SUFFIXES:
+        raise ImageError(f"cannot write {name}: format {suffix!r} is not known; use {_SOME_SUFFIXES}")
+    return _SUFFIXES[suffix.lower()]
+
+
+def _encode(image: Image.Image, alpha: Image.Image | None, encoder: str, quality: int) -> bytes:
+    options = {
+        "JPEG": {"quality": quality, "subsampling": "4:4:4"},
+        "WEBP": {"quality": quality},
+        "AVIF": {"quality": quality},
+    }
+    if alpha is not None:
+        image = Image.merge("RGBA", (*image.split(), alpha))
+    data = io.BytesIO()
+    image.save(data, encoder, **options.get(encoder, {}))
+    return data.getvalue()
+
+
+def _replace_file(target: Path, data: bytes) -> None:
+    if target.exists() and not target.is_file():
+        raise ImageError("it exists and is not a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""Training losses (Zhu et al. 2023, section 3.4) on lists of the five feature maps relu1_1 .. relu5_1.
+
+Targets carry no gradient. Every loss has weight 1; the published weights are in `a2k.train`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from a2k.attention import channel_statistics, normalize
+from a2k_kernels import distributed_attention, progressive_attention
+
+LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
+
+
+def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
+    """Sum over relu1_1 .. relu4_1 of the MSE of channel means plus the MSE of channel standard deviations.
+
+    The two lists may have different H, W. Returns a float32 scalar.
+    """
+    loss = 0.0
+    for output, style in zip(output_features[:4], style_features[:4], strict=True):
+        mean, variance = channel_statistics(output)
+        with torch.no_grad():
+            target_mean, target_variance = channel_statistics(style)
+        loss = loss + F.mse_loss(mean, target_mean)
+        loss = loss + F.mse_loss(torch.sqrt(variance + 1e-5), torch.sqrt(target_variance + 1e-5))
+    return loss
+
+
+def content_loss(output_features: list[Tensor], content_features: list[Tensor]) -> Tensor:
+    """Sum over relu4_1 and relu5_1 of the MSE between norm(output) and norm(content). A float32 scalar."""
+    loss = 0.0
+    for output, content in zip(output_features[3:5], content_features[3:5], strict=True):
+        with torch.no_grad():
+            target = normalize(content)
+        loss = loss + F.mse_loss(normalize(output), target)
+    return loss
+
+
+def local_feature_loss(
+    output_features: list[Tensor],
+    content_features: list[Tensor],
+    style_features: list[Tensor],
+    *,
+    num_heads: int = 8,
+    keys: str = "cumulative",
+    backend: str | None = None,
+) -> Tensor:
+    """Sum over relu2_1 .. relu5_1 of the MSE between output and content + DA + PA, attention without parameters.
+
+    keys: "cumulative", as published: queries and keys are the features of all scales up to that one, resized and
+    normalised; "own": those of that scale only. The value is the style feature. Returns a float32 scalar.
+    """
+    targets = local_targets(content_features, style_features, num_heads=num_heads, keys=keys, backend=backend)
+    return sum(
+        F.mse_loss(output.float(), target) for output, target in zip(output_features[1:5], targets, strict=True)
+    )
+
+
+@torch.no_grad()
+def local_targets(
+    content_features: list[Tensor],
+    style_features: list[Tensor],
+    *,
+    num_heads: int = 8,
+    keys: str = "cumulative",
+    backend: str | None = None,
+) -> list[Tensor]:
+    """What `local_feature_loss` compares the output's relu2_1 .. relu5_1 with: float32 maps."""
+    if keys not in ("cumulative", "own"):
+        raise ValueError(f"keys is {keys!r}; choose 'cumulative' or 'own'")
+    targets = []
+    for layer, block_size in enumerate(LOCAL_BLOCK_SIZES, 1):
+        first = 0 if keys == "cumulative" else layer
+        query = stacked_features(content_features[first : layer + 1])
+        key = stacked_features(style_features[first : layer + 1])
+        content, value = content_features[layer], style_features[layer].to(query.dtype)
+        options = {"block_size": block_size, "num_heads": num_heads, "backend": backend}
+        distributed = distributed_attention(query, key, value, **options)
+        progressive = progressive_attention(query, key, value, **options)
+        targets.append(content.float() + distributed + progressive)
+    return targets
+
+
+def stacked_features(features: list[Tensor]) -> Tensor:
+    """All maps resized to the last one's size (nearest) and normalised, then joined along the channels."""
+    size = features[-1].shape[-2:]
+    return torch.cat([normalize(F.interpolate(x, size, mode="nearest")) for x in features], 1)

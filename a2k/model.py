@@ -1,0 +1,136 @@
+"""The StyA2K network: encoder, A2K at three scales, merge and decoder."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from a2k.attention import RESIDUALS, A2K
+from a2k.decoder import Decoder
+from a2k.encoder import ENCODER_DEPTHS, Encoder
+
+MULTIPLE = 16  # content sizes are padded to a multiple of this, so that every scale halves exactly
+MINIMUM = 32  # shortest side, so that relu5_1 has at least 2 points to reflect
+
+
+@dataclass(frozen=True)
+class StyA2KConfig:
+    """Shape of a StyA2K network. The defaults are the published one.
+
+    encoder: "vgg19", "vgg16" or "lite". channels: of the encoder's five scales. block_sizes: of the A2K modules
+    at scales 3, 4, 5. num_heads: of each of them. residual: "content" or "adain", see `A2K`.
+    """
+
+    encoder: str = "vgg19"
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512)
+    block_sizes: tuple[int, ...] = (8, 8, 4)
+    num_heads: int = 8
+    residual: str = "content"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
+        if self.encoder not in ENCODER_DEPTHS:
+            raise ValueError(f"encoder is {self.encoder!r}; choose one of {', '.join(ENCODER_DEPTHS)}")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual is {self.residual!r}; choose one of {', '.join(RESIDUALS)}")
+        if len(self.channels) != 5 or min(self.channels) < 1:
+            raise ValueError(f"channels is {self.channels}; it must be five positive numbers")
+        if self.channels[3] != self.channels[4]:
+            raise ValueError(f"channels is {self.channels}; scales 4 and 5 are added, so must be equally wide")
+        if len(self.block_sizes) != 3 or min(self.block_sizes) < 1:
+            raise ValueError(f"block_sizes is {self.block_sizes}; it must be three positive numbers")
+        if self.num_heads < 1 or any(c % self.num_heads for c in self.channels[2:]):
+            raise ValueError(f"num_heads={self.num_heads} does not divide the channels {self.channels[2:]}")
+
+
+CONFIGS = {
+    "vgg19": StyA2KConfig(),
+    "vgg16": StyA2KConfig(encoder="vgg16"),
+    "lite": StyA2KConfig(
+        encoder="lite", channels=(24, 48, 96, 192, 192), num_heads=4, residual="adain"
+    ),
+}
+
+
+def pad_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pad right and bottom to (height, width) by reflection, or by replication where that is impossible."""
+    missing = [size[0] - image.shape[2], size[1] - image.shape[3]]
+    for dim, extra in zip((2, 3), missing, strict=True):
+        if extra > 0:
+            mode = "reflect" if extra < image.shape[dim] else "replicate"
+            image = F.pad(image, (0, 0, 0, extra) if dim == 2 else (0, extra, 0, 0), mode)
+    return image
+
+
+def pad_content(image: Tensor) -> Tensor:
+    """Pad to multiples of 16, at least 32."""
+    height, width = (max(MINIMUM, -(-n // MULTIPLE) * MULTIPLE) for n in image.shape[-2:])
+    return pad_image(image, (height, width))
+
+
+def pad_style(image: Tensor) -> Tensor:
+    """Pad to at least 32; larger styles stay as they are."""
+    height, width = (max(MINIMUM, n) for n in image.shape[-2:])
+    return pad_image(image, (height, width))
+
+
+class StyA2K(nn.Module):
+    """Arbitrary style transfer by all-to-key attention (Zhu et al. 2023).
+
+    Args:
+        config: shape of the network; the published one by default.
+        backend: of the attention operations, see `a2k_kernels`.
+    """
+
+    def __init__(self, config: StyA2KConfig | None = None, backend: str | None = None) -> None:
+        super().__init__()
+        self.config = config = config or StyA2KConfig()
+        self.encoder = Encoder(config.encoder, config.channels)
+        for scale, block_size in zip((3, 4, 5), config.block_sizes, strict=True):
+            module = A2K(config.channels[scale - 1], block_size, config.num_heads, config.residual, backend)
+            setattr(self, f"a2k{scale}", module)
+        self.decoder = Decoder(config.encoder, config.channels)
+        if config.encoder == "lite":
+            for module in (self.encoder, self.decoder):
+                module.apply(init_kaiming)
+        else:
+            self.decoder.apply(init_published)
+            self.encoder.requires_grad_(False)
+
+    def forward(self, content: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
+        """Redraw content in the manner of style.
+
+        content: (B, 3, H, W), style: (B, 3, H_s, W_s), RGB in [0, 1]. strength: 0 keeps the content's features,
+        1 is the published network. Returns RGB (B, 3, H, W), unclamped.
+        """
+        content_features = self.encoder(pad_content(content))
+        style_features = self.encoder(pad_style(style))
+        out = self.decoder(*self.transform(content_features, style_features, strength))
+        return out[:, :, : content.shape[2], : content.shape[3]]
+
+    def transform(
+        self, content_features: list[Tensor], style_features: list[Tensor], strength: float = 1.0
+    ) -> list[Tensor]:
+        """A2K outputs at scales 3, 4, 5 from the five feature maps of content and style."""
+        modules = (self.a2k3, self.a2k4, self.a2k5)
+        if strength == 0:
+            return content_features[2:]
+        out = [module(c, s) for module, c, s in zip(modules, content_features[2:], style_features[2:], strict=True)]
+        if strength == 1:
+            return out
+        return [c + strength * (x - c) for c, x in zip(content_features[2:], out, strict=True)]
+
+
+def init_published(module: nn.Module) -> None:
+    """Weights N(0, 0.02), biases 0."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def init_kaiming(module: nn.Module) -> None:
+    """Weights that keep the variance through ReLU (He et al. 2015), biases 0."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)

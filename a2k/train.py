@@ -1,0 +1,285 @@
+"""Training: the published losses on random crops, with checkpoints, samples and logs (see `a2k train --help`)."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from a2k.checkpoint import load_encoder, load_model, save_model, write_atomically
+from a2k.data import PairDataset, make_loader, split_files
+from a2k.images import read_image, resize_short_side, to_pil, to_tensor, write_image
+from a2k.losses import content_loss, global_style_loss, local_feature_loss
+from a2k.model import CONFIGS, StyA2K
+from a2k.sheet import contact_sheet
+
+SAMPLE_FILES = 4  # rows and columns of the sample grid
+SAMPLE_SIZE = 192  # pixels, short side
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between networks: learning rate, loss weights, keys of the local loss, and the start.
+
+    autoencode_steps: first steps that only reproduce the content (A2K bypassed, L1 loss), so that a lite
+    network's features carry colour before they are matched; a VGG network is frozen and needs none.
+    """
+
+    lr: float = 2e-4
+    global_weight: float = 10.0
+    local_weight: float = 1.25
+    content_weight: float = 0.0
+    keys: str = "cumulative"
+    autoencode_steps: int = 0
+    clip: float = 1.0
+
+
+RECIPES = {
+    "vgg19": Recipe(),
+    "vgg16": Recipe(),
+    "lite": Recipe(lr=1e-3, local_weight=1.0, keys="own", autoencode_steps=500),
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything a run is told. Folders and files are paths; sizes are in pixels; weights are loss weights."""
+
+    content_dir: str
+    style_dir: str
+    perceptual: str
+    output: str
+    config: str = "lite"
+    recipe: Recipe = RECIPES["lite"]
+    crop: int = 128
+    batch_size: int = 6
+    steps: int = 5000
+    seed: int = 0
+    dtype: str = "float32"
+    checkpoint_steps: int = 500
+    checkpoint_minutes: float = 10.0
+    holdout: int = 40
+    workers: int = 1
+    weights: str | None = None
+    resume: bool = False
+    device: str = "cpu"
+    backend: str | None = None
+
+
+class Trainer:
+    """One training run in one folder: `weights.safetensors`, `state.pt`, `log.jsonl`, `loss.png`, `samples/`.
+
+    Raises TrainingError, ImageError or WeightsError when an option does not fit.
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        if options.crop < 32 or options.crop % 16:
+            raise TrainingError(f"crop is {options.crop}; it must be a multiple of 16, at least 32")
+        torch.manual_seed(options.seed)
+        self.options, self.recipe = options, options.recipe
+        self.folder = Path(options.output)
+        self.state_file = self.folder / "state.pt"
+        if self.state_file.exists() and not options.resume:
+            raise TrainingError(f"{self.folder} holds a run already; go on with --resume or give another -o")
+        if options.resume and not self.state_file.exists():
+            raise TrainingError(f"{self.folder} holds no run to resume; leave out --resume")
+        content_files, content_held = split_files(options.content_dir, options.holdout)
+        style_files, style_held = split_files(options.style_dir, options.holdout)
+        length = options.steps * options.batch_size
+        self.data = PairDataset(content_files, style_files, options.crop, length, options.seed)
+        self.sample_files = (content_held or content_files)[:SAMPLE_FILES], (style_held or style_files)[:SAMPLE_FILES]
+
+        self.perceptual, kind = load_encoder(options.perceptual)
+        self.model = self._build_model(kind)
+        for module in (self.perceptual, self.model):
+            module.to(options.device, memory_format=torch.channels_last)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, betas=(0.9, 0.999))
+        self.step = 0
+        if options.resume:
+            self._restore()
+
+    def _build_model(self, perceptual_kind: str) -> StyA2K:
+        options = self.options
+        if options.weights:
+            model = load_model(options.weights, backend=options.backend)
+            if model.config != CONFIGS[options.config]:
+                raise TrainingError(f"--weights {options.weights} is not a {options.config} network")
+            return model.train()
+        model = StyA2K(CONFIGS[options.config], backend=options.backend)
+        if options.config != "lite":
+            if perceptual_kind != options.config:
+                raise TrainingError(
+                    f"--config {options.config} needs a {options.config} file as --perceptual, "
+                    f"but {options.perceptual} is {perceptual_kind}"
+                )
+            model.encoder.load_state_dict(self.perceptual.state_dict())
+        return model
+
+    def run(self) -> None:
+        """Train to the last step, or until interrupted; either way the run can be resumed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options, saved_at = self.options, time.monotonic()
+        loader = make_loader(self.data, options.batch_size, options.workers, self.step * options.batch_size)
+        progress = tqdm(loader, initial=self.step, total=options.steps, unit="step", dynamic_ncols=True)
+        try:
+            with open(self.folder / "log.jsonl", "a", buffering=1) as log:
+                for content, style in progress:
+                    entry = self.train_step(content, style)
+                    log.write(json.dumps(entry) + "\n")
+                    progress.set_postfix_str(describe(entry))
+                    minutes = (time.monotonic() - saved_at) / 60
+                    if self.step % options.checkpoint_steps == 0 or minutes >= options.checkpoint_minutes:
+                        self.save()
+                        saved_at = time.monotonic()
+        except KeyboardInterrupt:
+            progress.write("interrupted; saving")
+        finally:
+            progress.close()
+        self.save()
+
+    def train_step(self, content: Tensor, style: Tensor) -> dict[str, float | int | None]:
+        """One optimiser step on a batch (B, 3, crop, crop). Returns the log entry."""
+        started = time.perf_counter()
+        lr = self.recipe.lr * learning_rate_factor(self.step, self.options.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        content, style = (
+            x.to(self.options.device, memory_format=torch.channels_last) for x in (content, style)
+        )
+        autoencoding = self.step < self.recipe.autoencode_steps and not self.options.weights
+        losses = self._pixel_loss(content) if autoencoding else self._style_losses(content, style)
+        total = losses.pop("total")
+        if not total.isfinite():
+            raise TrainingError(f"the loss is {total.item()} at step {self.step + 1}; lower --lr and --resume")
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        self.step += 1
+        values = {name: round(loss.item(), 6) for name, loss in losses.items()}
+        seconds = round(time.perf_counter() - started, 4)
+        return {"step": self.step, "global": None, "local": None, **values, "lr": lr, "seconds": seconds}
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.options.dtype)
+        device = torch.device(self.options.device).type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def _pixel_loss(self, content: Tensor) -> dict[str, Tensor]:
+        with self._autocast():
+            features = self.model.encoder(content)
+            output = self.model.decoder(*self.model.transform(features, features, strength=0.0))
+        loss = F.l1_loss(output.float(), content)
+        return {"pixel": loss, "total": loss}
+
+    def _style_losses(self, content: Tensor, style: Tensor) -> dict[str, Tensor]:
+        recipe, batch = self.recipe, len(content)
+        images = torch.cat([content, style])
+        with self._autocast():
+            with torch.no_grad():
+                targets = self.perceptual(images)
+            content_targets, style_targets = [x[:batch] for x in targets], [x[batch:] for x in targets]
+            if self.options.config == "lite":
+                features = self.model.encoder(images)
+            else:  # the network's own encoder is the perceptual one
+                features = targets
+            transformed = self.model.transform([x[:batch] for x in features], [x[batch:] for x in features])
+            output = self.model.decoder(*transformed)
+            output_features = self.perceptual(output)
+        losses = {
+            "global": global_style_loss(output_features, style_targets),
+            "local": local_feature_loss(
+                output_features, content_targets, style_targets, keys=recipe.keys, backend=self.options.backend
+            ),
+        }
+        total = recipe.global_weight * losses["global"] + recipe.local_weight * losses["local"]
+        if recipe.content_weight:
+            losses["content"] = content_loss(output_features, content_targets)
+            total = total + recipe.content_weight * losses["content"]
+        return {**losses, "total": total}
+
+    def save(self) -> None:
+        """Write the weights, the state to resume from, a sample grid and the loss plot."""
+        save_model(self.model, self.folder / "weights.safetensors")
+        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "model": self.model.state_dict()}
+        write_atomically(self.state_file, lambda path: torch.save(state, path))
+        (self.folder / "options.json").write_text(json.dumps(asdict(self.options), indent=2) + "\n")
+        write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.jpg")
+        plot_losses(self.folder / "log.jsonl", self.folder / "loss.png")
+
+    def _restore(self) -> None:
+        state = torch.load(self.state_file, map_location=self.options.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    @torch.no_grad()
+    def sample_grid(self):
+        """A contact sheet of the sample photos (rows) redrawn in the sample paintings (columns)."""
+        photos, paintings = (
+            [resize_short_side(read_image(path).rgb, SAMPLE_SIZE) for path in files] for files in self.sample_files
+        )
+        self.model.eval()
+        rows = []
+        for photo in photos:
+            content = to_tensor(photo).to(self.options.device)
+            styles = (to_tensor(painting).to(self.options.device) for painting in paintings)
+            rows.append([to_pil(self.model(content, style)) for style in styles])
+        self.model.train()
+        return contact_sheet(photos, paintings, rows)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int = 100, tail: float = 0.4) -> float:
+    """Linear warm-up, then constant, then linear to zero over the last `tail` of the steps."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, tail * steps))
+
+
+def describe(entry: dict[str, float | int | None]) -> str:
+    names = ("pixel", "global", "local", "content")
+    return " ".join(f"{name} {entry[name]:.3g}" for name in names if entry.get(name) is not None)
+
+
+def plot_losses(log_file: Path, target: Path) -> None:
+    """Plot every loss of a log.jsonl against the step, smoothed; needs matplotlib (the `train` extra)."""
+    from matplotlib.figure import Figure
+
+    entries = [json.loads(line) for line in log_file.read_text().splitlines()]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in ("pixel", "global", "local", "content"):
+        points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, smooth(values), label=name)
+    axes.set(xlabel="step", ylabel="loss (weight 1)", yscale="log", title="Running mean of 50 steps")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_atomically(target, lambda path: figure.savefig(path, format="png", dpi=110))
+
+
+def smooth(values: tuple[float, ...], window: int = 50) -> list[float]:
+    """Mean of the last `window` values at every place."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + (value if math.isfinite(value) else 0.0))
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+
+
+def main(options: TrainOptions) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise TrainingError("training plots its losses with matplotlib; pip install 'a2k[train]'") from None
+    trainer = Trainer(options)
+    trainer.run()
+    print(f"{trainer.folder / 'weights.safetensors'}  step {trainer.step}")

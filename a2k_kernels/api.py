@@ -1,0 +1,314 @@
+"""The public operations: validate, choose a backend, call it, and give the result the query's layout."""
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from a2k_kernels import reference, torch_backend
+from a2k_kernels.blocks import count_blocks
+
+BACKENDS = ("triton", "torch", "reference")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def block_aggregate(
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    num_heads: int,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summarise every block of the key and value maps as one key and one value (Zhu et al. 2023, section 3.2).
+
+    With k_mean, v_mean the means of a block of m points:
+    g_y = sigmoid(beta + alpha <k_mean, k_y>), k_agg = (sum_y g_y k_y + k_mean) / (m + 1), v_agg likewise.
+
+    Args:
+        key: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        value: (B, C_v, H, W), same dtype and device.
+        block_size: side of a block in points; blocks at the right and bottom border may be cut.
+        num_heads: number of groups that C and C_v are split into.
+        alpha, beta: float or tensor of shape () or (1,), shared by all heads.
+        backend: "triton", "torch", "reference" or None (the A2K_BACKEND variable, else automatic).
+
+    Returns:
+        Keys (B, num_heads, n, C / num_heads) and values (B, num_heads, n, C_v / num_heads) for the
+        n = ceil(H / block_size) * ceil(W / block_size) blocks in row-major order. Differentiable.
+
+    Raises:
+        ValueError: shapes do not fit. TypeError: dtypes do not fit. RuntimeError: the backend cannot run.
+    """
+    check_maps(block_size, num_heads, key=key, value=value)
+    check_same_size(key, value)
+    key, value = to_autocast_dtype(key, value)
+    alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
+    with no_autocast(key):
+        return choose_backend(backend).block_aggregate(
+            key, value, alpha, beta, block_size=block_size, num_heads=num_heads
+        )
+
+
+def distributed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    num_heads: int,
+    alpha: float | Tensor = 1.0,
+    beta: float | Tensor = 0.0,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from every query point to one aggregated key per block (Zhu et al. 2023, section 3.2).
+
+    out_x = sum_z softmax_z(scale <q_x, k_agg_z>) v_agg_z with k_agg, v_agg of `block_aggregate`.
+
+    Args:
+        query: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        key: (B, C, H_k, W_k) and value: (B, C_v, H_k, W_k), same dtype and device.
+        block_size, num_heads, alpha, beta, backend: as for `block_aggregate`.
+        scale: factor of the scores. The published network uses 1, not 1 / sqrt(d).
+
+    Returns:
+        (B, C_v, H, W) in the query's dtype and memory format. Differentiable.
+
+    Raises:
+        ValueError: shapes do not fit. TypeError: dtypes do not fit. RuntimeError: the backend cannot run.
+    """
+    check_maps(block_size, num_heads, query=query, key=key, value=value)
+    check_same_size(key, value)
+    check_same_channels(query, key)
+    query, key, value = to_autocast_dtype(query, key, value)
+    alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
+    query, key, value = (keep_grad_layout(x) for x in (query, key, value))
+    with no_autocast(query):
+        out = choose_backend(backend).distributed_attention(
+            query, key, value, alpha, beta, block_size=block_size, num_heads=num_heads, scale=float(scale)
+        )
+    return out.contiguous(memory_format=output_format(query))
+
+
+def block_match(
+    query: Tensor, key: Tensor, *, block_size: int, num_heads: int, backend: str | None = None
+) -> Tensor:
+    """Find the most similar key block of every query block (Zhu et al. 2023, section 3.3).
+
+    index_x = argmax_z sum_y <q_{x,y}, k_{z,y}>: the inner product of whole blocks, position by position; a
+    position missing in either block counts 0. Ties go to the lowest index, NaN counts as largest. Scores are
+    computed in float32 (float64 for float64 inputs) whatever the input dtype or autocast.
+
+    Args:
+        query: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        key: (B, C, H_k, W_k), same dtype and device.
+        block_size, num_heads, backend: as for `block_aggregate`.
+
+    Returns:
+        int32 (B, num_heads, n_query_blocks). Not differentiable.
+
+    Raises:
+        ValueError: shapes do not fit. TypeError: dtypes do not fit. RuntimeError: the backend cannot run.
+    """
+    check_maps(block_size, num_heads, query=query, key=key)
+    check_same_channels(query, key)
+    with torch.no_grad(), no_autocast(query):
+        return choose_backend(backend).block_match(query, key, block_size=block_size, num_heads=num_heads)
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    *,
+    block_size: int,
+    num_heads: int,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from every point of query block i to the points of key block index[i] (Zhu et al. 2023, section 3.3).
+
+    out_x = sum_y softmax_y(scale <q_x, k_y>) v_y, y over the points that exist in the block.
+
+    Args:
+        query: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        key: (B, C, H_k, W_k) and value: (B, C_v, H_k, W_k), same dtype and device.
+        index: int32 or int64 (B, num_heads, n_query_blocks), as `block_match` returns it.
+        block_size, num_heads, backend: as for `block_aggregate`.
+        scale: factor of the scores.
+
+    Returns:
+        (B, C_v, H, W) in the query's dtype and memory format. Differentiable in query, key and value.
+
+    Raises:
+        ValueError: shapes do not fit, or (on the CPU) an index is out of range; on a GPU, where checking would
+            stall, such a block's output is zero. TypeError: dtypes do not fit. RuntimeError: the backend
+            cannot run.
+    """
+    check_maps(block_size, num_heads, query=query, key=key, value=value)
+    check_same_size(key, value)
+    check_same_channels(query, key)
+    check_index(index, query, key, block_size, num_heads)
+    query, key, value = to_autocast_dtype(query, key, value)
+    query, key, value = (keep_grad_layout(x) for x in (query, key, value))
+    with no_autocast(query):
+        out = choose_backend(backend).block_attention(
+            query, key, value, index, block_size=block_size, num_heads=num_heads, scale=float(scale)
+        )
+    return out.contiguous(memory_format=output_format(query))
+
+
+def progressive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    num_heads: int,
+    scale: float = 1.0,
+    return_index: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`block_match`, then `block_attention` to the matched blocks (Zhu et al. 2023, section 3.3).
+
+    Arguments, result and errors as for those two. With return_index=True returns (output, index).
+    Differentiable in query, key and value; the choice of block is not.
+    """
+    check_maps(block_size, num_heads, query=query, key=key, value=value)
+    index = block_match(query, key, block_size=block_size, num_heads=num_heads, backend=backend)
+    out = block_attention(
+        query, key, value, index, block_size=block_size, num_heads=num_heads, scale=scale, backend=backend
+    )
+    return (out, index) if return_index else out
+
+
+def choose_backend(backend: str | None) -> ModuleType:
+    """The backend's module: the argument, else the A2K_BACKEND variable, else automatic."""
+    source = "backend"
+    if backend is None:
+        backend, source = os.environ.get("A2K_BACKEND") or "torch", "A2K_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "triton":
+        raise RuntimeError(f"{source} is 'triton', but this version has no Triton kernels yet; choose 'torch'")
+    return {"torch": torch_backend, "reference": reference}[backend]
+
+
+def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
+    """Raise unless the named tensors are feature maps that agree in batch, dtype and device."""
+    for name, number in (("block_size", block_size), ("num_heads", num_heads)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name} must be an int, not {type(number).__name__}")
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+    first_name, first = next(iter(maps.items()))
+    for name, x in maps.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} is {x.dtype}; it must be float64, float32, float16 or bfloat16")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} is {x.dtype} but {first_name} is {first.dtype}; they must agree")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (B, C, H, W) with C, H, W >= 1")
+        if x.shape[1] % num_heads:
+            raise ValueError(
+                f"{name} has {x.shape[1]} channels, which num_heads={num_heads} does not divide; "
+                "choose a num_heads that divides the channels of query, key and value"
+            )
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{name} has batch size {x.shape[0]} but {first_name} has {first.shape[0]}; they must agree"
+            )
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+
+
+def check_same_size(key: Tensor, value: Tensor) -> None:
+    if key.shape[-2:] != value.shape[-2:]:
+        raise ValueError(
+            f"value is {tuple(value.shape[-2:])} points but key is {tuple(key.shape[-2:])}; they must agree"
+        )
+
+
+def check_same_channels(query: Tensor, key: Tensor) -> None:
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(f"key has {key.shape[1]} channels but query has {query.shape[1]}; they must agree")
+
+
+def check_index(index: Tensor, query: Tensor, key: Tensor, block_size: int, num_heads: int) -> None:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        given = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index is {given}; it must be an int32 or int64 tensor")
+    rows, cols = count_blocks(query.shape[-2:], block_size)
+    expected = (query.shape[0], num_heads, rows * cols)
+    if tuple(index.shape) != expected:
+        raise ValueError(
+            f"index has shape {tuple(index.shape)}; it must be (B, num_heads, query blocks) = {expected}"
+        )
+    if index.device != query.device:
+        raise ValueError(f"index is on {index.device} but query is on {query.device}; move one of them")
+    # Reading the index back would stall a GPU and break a trace; there an index out of range is masked.
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
+    key_rows, key_cols = count_blocks(key.shape[-2:], block_size)
+    lowest, highest = (int(x) for x in index.aminmax())
+    if lowest < 0 or highest >= key_rows * key_cols:
+        raise ValueError(
+            f"index has values from {lowest} to {highest}; key has blocks 0 to {key_rows * key_cols - 1}"
+        )
+
+
+def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:
+    """alpha or beta as a tensor of shape () on like's device; a tensor keeps its dtype and is not read back."""
+    if not isinstance(number, Tensor):
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.tensor(float(number), dtype=dtype, device=like.device)
+    if tuple(number.shape) not in ((), (1,)):
+        raise ValueError(f"{name} has shape {tuple(number.shape)}; it must be a float or of shape () or (1,)")
+    if not number.is_floating_point():
+        raise TypeError(f"{name} is {number.dtype}; it must be a float or a floating-point tensor")
+    if number.device != like.device:
+        raise ValueError(f"{name} is on {number.device} but key is on {like.device}; move one of them")
+    return number.reshape(())
+
+
+def to_autocast_dtype(*maps: Tensor) -> tuple[Tensor, ...]:
+    """The maps in the dtype that autocast asks for, if it is on (float64 is left alone, as PyTorch does)."""
+    device = maps[0].device.type
+    if not torch.is_autocast_enabled(device) or maps[0].dtype == torch.float64:
+        return maps
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in maps)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def output_format(query: Tensor) -> torch.memory_format:
+    """channels_last for a query whose points are contiguous channel vectors, else contiguous."""
+    _, C, H, W = query.shape
+    channels_last = C > 1 and H * W > 1 and query.stride(1) == 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+class KeepGradLayout(torch.autograd.Function):
+    """Identity whose gradient has the input's memory format, whatever the operations behind it prefer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.memory_format = output_format(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=ctx.memory_format)
+
+
+def keep_grad_layout(x: Tensor) -> Tensor:
+    return KeepGradLayout.apply(x) if x.requires_grad and torch.is_grad_enabled() else x

@@ -1,0 +1,152 @@
+"""Tuned PyTorch for any device. Same results as `reference`, in working sets of bounded size.
+
+Block operations run over groups of heads, so that only that group's blocks are ever laid out block by block;
+attention runs over bands of query rows. In training a band is recomputed in the backward pass when there are
+several, so that no more than one band of scores is alive at a time.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, split_blocks
+
+BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def head_groups(num_heads: int, elements_per_head: int) -> Iterator[tuple[int, int]]:
+    """(first head, number of heads) of groups of at most BAND_ELEMENTS elements, but at least one head."""
+    step = max(1, min(num_heads, BAND_ELEMENTS // max(1, elements_per_head)))
+    for first in range(0, num_heads, step):
+        yield first, min(step, num_heads - first)
+
+
+def group_blocks(x: Tensor, block_size: int, num_heads: int, first: int, count: int) -> Tensor:
+    """Blocks of heads first .. first + count - 1 of a map: (B, count, n, r, d)."""
+    d = x.shape[1] // num_heads
+    return split_blocks(x[:, first * d : (first + count) * d], block_size, count)
+
+
+def in_bands(function: Callable, query: Tensor, band_rows: int) -> Tensor:
+    """function(query[:, :, top:bottom], top) over bands of band_rows rows, joined along the rows."""
+    height = query.shape[2]
+    if band_rows >= height:
+        return function(query, 0)
+    bands = [(query[:, :, top : top + band_rows], top) for top in range(0, height, band_rows)]
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(function, *band, use_reentrant=False) for band in bands], 2)
+    return torch.cat([function(*band) for band in bands], 2)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, exists: Tensor | None = None) -> Tensor:
+    """softmax(scale * q @ k^T) @ v over the last two dimensions; the softmax in at least float32.
+
+    float16 scores are summed in float32: its range is too small for inner products.
+    """
+    if q.dtype == torch.float16:
+        q, k = q.float(), k.float()
+    if scale != 1:
+        q = q * scale
+    scores = at_least_float32(q @ k.mT)
+    if exists is not None:
+        scores = scores.masked_fill(~exists, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
+    """See reference.block_aggregate. Points that a cut block lacks are zero, so sums need no mask."""
+    points = existing_points(key.shape[-2:], block_size, key.device).sum(1, keepdim=True)  # (n, 1)
+    groups = []
+    for group in head_groups(num_heads, (key.numel() + value.numel()) // num_heads):
+        k, v = (at_least_float32(group_blocks(x, block_size, num_heads, *group)) for x in (key, value))
+        k_mean, v_mean = k.sum(-2) / points, v.sum(-2) / points
+        gate = torch.sigmoid(beta.to(k.dtype) + alpha.to(k.dtype) * (k @ k_mean[..., None])).mT  # (..., 1, r)
+        k_agg = ((gate @ k)[..., 0, :] + k_mean) / (points + 1)
+        v_agg = ((gate @ v)[..., 0, :] + v_mean) / (points + 1)
+        groups.append((k_agg.to(key.dtype), v_agg.to(value.dtype)))
+    k_agg, v_agg = zip(*groups, strict=True)
+    return torch.cat(k_agg, 1), torch.cat(v_agg, 1)
+
+
+def distributed_attention(query, key, value, alpha, beta, *, block_size, num_heads, scale):
+    """See reference.distributed_attention."""
+    k_agg, v_agg = block_aggregate(key, value, alpha, beta, block_size=block_size, num_heads=num_heads)
+    B, _, _, W = query.shape
+    # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
+    fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64
+
+    def attend(band: Tensor, _top: int) -> Tensor:
+        q = band.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, rows * W, d)
+        if fused:
+            out = F.scaled_dot_product_attention(q, k_agg, v_agg, scale=scale)
+        else:
+            out = softmax_attention(q, k_agg, v_agg, scale)
+        return out.mT.flatten(1, 2).unflatten(2, (-1, W))
+
+    scores_per_row = B * num_heads * W * k_agg.shape[2]
+    return in_bands(attend, query, max(1, BAND_ELEMENTS // max(1, scores_per_row)))
+
+
+@torch.no_grad()
+def block_match(query, key, *, block_size, num_heads):
+    """See reference.block_match. Scores of one band of query blocks and one group of heads exist at a time."""
+    groups = []
+    for group in head_groups(num_heads, key.numel() // num_heads):
+        q, k = (
+            at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key)
+        )
+        band = max(1, BAND_ELEMENTS // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
+        groups.append(torch.cat([(rows @ k.mT).argmax(-1).int() for rows in q.split(band, 2)], 2))
+    return torch.cat(groups, 1)
+
+
+def select_blocks(blocks: Tensor, index: Tensor) -> Tensor:
+    """blocks[b, h, index[b, h, i]]: (B, heads, n, ...) by (B, heads, m) -> (B, heads, m, ...)."""
+    B, heads, n = blocks.shape[:3]
+    offset = torch.arange(B * heads, device=index.device).view(B, heads, 1) * n
+    return blocks.flatten(0, 2).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
+
+
+def block_attention(query, key, value, index, *, block_size, num_heads, scale):
+    """See reference.block_attention. Off the CPU an index out of range selects nothing: its output is zero."""
+    B, _, H, W = query.shape
+    key_rows, key_cols = count_blocks(key.shape[-2:], block_size)
+    on_gpu = index.device.type != "cpu"  # on the CPU the index has been checked
+    missing = (index < 0) | (index >= key_rows * key_cols) if on_gpu else None
+    index = index.long().clamp(0, key_rows * key_cols - 1) if on_gpu else index.long()
+    exists = existing_points(key.shape[-2:], block_size, key.device)
+    cut = key.shape[2] % block_size or key.shape[3] % block_size
+    cols = count_blocks((H, W), block_size)[1]
+
+    groups = []
+    for first, count in head_groups(num_heads, (key.numel() + value.numel()) // num_heads):
+        k, v = (group_blocks(x, block_size, num_heads, first, count) for x in (key, value))
+        heads = slice(first, first + count)
+
+        def attend(band: Tensor, top: int, k=k, v=v, heads=heads, count=count) -> Tensor:
+            rows = count_blocks(band.shape[-2:], block_size)[0]
+            blocks = slice(top // block_size * cols, (top // block_size + rows) * cols)
+            selected = index[:, heads, blocks]
+            out = softmax_attention(
+                split_blocks(band, block_size, count),
+                select_blocks(k, selected),
+                select_blocks(v, selected),
+                scale,
+                exists[selected][..., None, :] if cut else None,
+            )
+            if missing is not None:
+                out = out.masked_fill(missing[:, heads, blocks, None, None], 0)
+            return merge_blocks(out, band.shape[-2:], block_size)
+
+        d = query.shape[1] // num_heads
+        block_row = B * count * cols * block_size**2 * (block_size**2 + 2 * d + v.shape[-1])
+        band_rows = block_size * max(1, BAND_ELEMENTS // max(1, block_row))
+        groups.append(in_bands(attend, query[:, first * d : (first + count) * d], band_rows))
+    return torch.cat(groups, 1)
