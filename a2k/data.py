@@ -24,9 +24,7 @@ class PairDataset(Dataset):
         all random choices.
     """
 
-    def __init__(
-        self, content_files: list[Path], style_files: list[Path], crop: int, length: int, seed: int
-    ) -> None:
+    def __init__(self, content_files: list[Path], style_files: list[Path], crop: int, length: int, seed: int) -> None:
         self.files = (content_files, style_files)
         self.crop, self.length, self.seed = crop, length, seed
 

@@ -73,9 +73,7 @@ def read_image(
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = getattr(source, "name", "the stream")
         return _to_picture(_open_image(source, name), name, max_pixels)
-    raise TypeError(
-        f"source is a {type(source).__name__}; give a path, a binary stream, a PIL image or a numpy array"
-    )
+    raise TypeError(f"source is a {type(source).__name__}; give a path, a binary stream, a PIL image or a numpy array")
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -97,7 +95,7 @@ def to_pil(tensor: torch.Tensor) -> Image.Image:
         raise ValueError(f"tensor is {tensor.dtype} {shape}; give floats of shape (1, 3, H, W) or (3, H, W)")
     if tensor.isnan().any():
         raise ImageError("the result contains NaN; check the weights and the inputs, or use float32")
-    levels = tensor.detach().reshape(shape[-3:]).float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    levels = tensor.reshape(shape[-3:]).float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 

@@ -53,9 +53,7 @@ def local_feature_loss(
     normalised; "own": those of that scale only. The value is the style feature. Returns a float32 scalar.
     """
     targets = local_targets(content_features, style_features, num_heads=num_heads, keys=keys, backend=backend)
-    return sum(
-        F.mse_loss(output.float(), target) for output, target in zip(output_features[1:5], targets, strict=True)
-    )
+    return sum(F.mse_loss(output.float(), target) for output, target in zip(output_features[1:5], targets, strict=True))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2k.attention import RESIDUALS, A2K
+from a2k.attention import A2K, RESIDUALS
 from a2k.decoder import Decoder
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 
@@ -47,9 +47,7 @@ class StyA2KConfig:
 CONFIGS = {
     "vgg19": StyA2KConfig(),
     "vgg16": StyA2KConfig(encoder="vgg16"),
-    "lite": StyA2KConfig(
-        encoder="lite", channels=(24, 48, 96, 192, 192), num_heads=4, residual="adain"
-    ),
+    "lite": StyA2KConfig(encoder="lite", channels=(24, 48, 96, 192, 192), num_heads=4, residual="adain"),
 }
 
 

@@ -153,9 +153,7 @@ class Trainer:
         lr = self.recipe.lr * learning_rate_factor(self.step, self.options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        content, style = (
-            x.to(self.options.device, memory_format=torch.channels_last) for x in (content, style)
-        )
+        content, style = (x.to(self.options.device, memory_format=torch.channels_last) for x in (content, style))
         autoencoding = self.step < self.recipe.autoencode_steps and not self.options.weights
         losses = self._pixel_loss(content) if autoencoding else self._style_losses(content, style)
         total = losses.pop("total")

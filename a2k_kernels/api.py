@@ -94,9 +94,7 @@ def distributed_attention(
     return out.contiguous(memory_format=output_format(query))
 
 
-def block_match(
-    query: Tensor, key: Tensor, *, block_size: int, num_heads: int, backend: str | None = None
-) -> Tensor:
+def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, backend: str | None = None) -> Tensor:
     """Find the most similar key block of every query block (Zhu et al. 2023, section 3.3).
 
     index_x = argmax_z sum_y <q_{x,y}, k_{z,y}>: the inner product of whole blocks, position by position; a
@@ -248,9 +246,7 @@ def check_index(index: Tensor, query: Tensor, key: Tensor, block_size: int, num_
     rows, cols = count_blocks(query.shape[-2:], block_size)
     expected = (query.shape[0], num_heads, rows * cols)
     if tuple(index.shape) != expected:
-        raise ValueError(
-            f"index has shape {tuple(index.shape)}; it must be (B, num_heads, query blocks) = {expected}"
-        )
+        raise ValueError(f"index has shape {tuple(index.shape)}; it must be (B, num_heads, query blocks) = {expected}")
     if index.device != query.device:
         raise ValueError(f"index is on {index.device} but query is on {query.device}; move one of them")
     # Reading the index back would stall a GPU and break a trace; there an index out of range is masked.
@@ -259,9 +255,7 @@ def check_index(index: Tensor, query: Tensor, key: Tensor, block_size: int, num_
     key_rows, key_cols = count_blocks(key.shape[-2:], block_size)
     lowest, highest = (int(x) for x in index.aminmax())
     if lowest < 0 or highest >= key_rows * key_cols:
-        raise ValueError(
-            f"index has values from {lowest} to {highest}; key has blocks 0 to {key_rows * key_cols - 1}"
-        )
+        raise ValueError(f"index has values from {lowest} to {highest}; key has blocks 0 to {key_rows * key_cols - 1}")
 
 
 def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:

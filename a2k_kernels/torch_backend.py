@@ -99,9 +99,7 @@ def block_match(query, key, *, block_size, num_heads):
     """See reference.block_match. Scores of one band of query blocks and one group of heads exist at a time."""
     groups = []
     for group in head_groups(num_heads, key.numel() // num_heads):
-        q, k = (
-            at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key)
-        )
+        q, k = (at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key))
         band = max(1, BAND_ELEMENTS // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
         groups.append(torch.cat([(rows @ k.mT).argmax(-1).int() for rows in q.split(band, 2)], 2))
     return torch.cat(groups, 1)

@@ -1,0 +1,5 @@
+import sys
+
+from a2k.cli import main
+
+sys.exit(main())

@@ -1,0 +1,338 @@
+"""The command line, `a2k`: stylize, train, evaluate, convert, info."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from a2k.version import __version__
+
+USAGE_ERROR = 2
+WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, or 2 with one line on stderr."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print_error(error)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def print_error(error: Exception) -> None:
+    lines = str(error).splitlines() or [type(error).__name__]
+    print(f"a2k: error: {lines[0]}", file=sys.stderr)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="a2k", description="Redraw photos in the manner of paintings.")
+    parser.add_argument("--version", action="version", version=f"a2k {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_stylize(commands)
+    add_train(commands)
+    add_evaluate(commands)
+    add_convert(commands)
+    info = commands.add_parser("info", help="print versions, devices, backends and weights")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", default="a2k-lite", metavar="W", help="bundled model or file (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation (float32)")
+    parser.add_argument("--backend", choices=("triton", "torch", "reference"), help="of the attention (automatic)")
+
+
+# ---- stylize
+
+
+def add_stylize(commands) -> None:
+    parser = commands.add_parser(
+        "stylize",
+        help="redraw photos in the manner of paintings",
+        description="Redraw every photo in the manner of every painting.",
+    )
+    parser.add_argument("--content", nargs="+", required=True, metavar="PHOTO", help="files or folders; - is stdin")
+    parser.add_argument("--style", nargs="+", required=True, metavar="PAINTING", help="files or folders; - is stdin")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="file (for one pair), folder, or - for a PNG on stdout",
+    )
+    parser.add_argument("--size", type=int, metavar="PX", help="short side of the photo (as it is)")
+    parser.add_argument("--style-size", type=int, metavar="PX", help="short side of the painting (as it is)")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="T", help="0 to 1 (%(default)s)")
+    parser.add_argument("--preserve-color", action="store_true", help="keep the photo's colours")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG and WebP, 1 to 100 (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per picture")
+    add_model_options(parser)
+    parser.set_defaults(run=run_stylize)
+
+
+def run_stylize(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from a2k.images import ImageError
+    from a2k.stylize import StyleTransfer
+
+    jobs = list(plan_pictures(arguments.content, arguments.style, arguments.output))
+    transfer = StyleTransfer(
+        arguments.weights,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        backend=arguments.backend,
+        max_pixels=arguments.max_pixels,
+    )
+    failed = False
+    lines = sys.stderr if arguments.output == "-" else sys.stdout
+    for content, style, target in tqdm(jobs, unit="picture", disable=None if len(jobs) > 1 else True):
+        try:
+            report = stylize_one(transfer, content, style, target, arguments)
+        except ImageError as error:  # the other pictures may be fine
+            with tqdm.external_write_mode():
+                print_error(error)
+            failed = True
+            continue
+        with tqdm.external_write_mode(file=lines):
+            print(json.dumps(report) if arguments.json else describe(report), file=lines, flush=True)
+    return USAGE_ERROR if failed else 0
+
+
+def stylize_one(transfer, content, style, target, arguments: argparse.Namespace) -> dict:
+    """Read, redraw and write one picture; returns what to report of it."""
+    from a2k.images import write_image
+
+    started = time.perf_counter()
+    out = transfer.stylize(
+        sys.stdin.buffer if content == "-" else content,
+        sys.stdin.buffer if style == "-" else style,
+        strength=arguments.strength,
+        size=arguments.size,
+        style_size=arguments.style_size,
+        preserve_color=arguments.preserve_color,
+    )
+    alpha = out.getchannel("A") if out.mode == "RGBA" else None
+    options = {"alpha": alpha, "quality": arguments.quality}
+    if target == "-":
+        write_image(out.convert("RGB"), sys.stdout.buffer, format="png", **options)
+    else:
+        write_image(out.convert("RGB"), target, **options)
+    return {
+        "content": str(content),
+        "style": str(style),
+        "output": str(target),
+        "width": out.width,
+        "height": out.height,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def describe(report: dict) -> str:
+    return f"{report['output']}  {report['width']}x{report['height']}  {report['seconds']:.2f} s"
+
+
+def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator[tuple]:
+    """(photo, painting, target) for all pairs. Raises ImageError where names collide or inputs would be lost."""
+    from a2k.images import ImageError, find_images
+
+    def sources(paths: list[str]) -> list:
+        return [found for path in paths for found in (["-"] if path == "-" else find_images([path]))]
+
+    photos, paintings = sources(content), sources(style)
+    pairs = [(photo, painting) for photo in photos for painting in paintings]
+    if [*photos, *paintings].count("-") > 1:
+        raise ImageError("- is given more than once; standard input holds one picture")
+    single = len(pairs) == 1 and (output == "-" or (Path(output).suffix and not Path(output).is_dir()))
+    if output == "-" and not single:
+        raise ImageError(f"-o - takes one picture but {len(pairs)} would be made; give a folder")
+    if not single and Path(output).exists() and not Path(output).is_dir():
+        raise ImageError(f"-o {output} is a file but {len(pairs)} pictures would be made; give a folder")
+
+    inputs = {Path(source).resolve() for source in (*photos, *paintings) if source != "-"}
+    targets: dict[Path, object] = {}
+    for photo, painting in pairs:
+        target = output if single else Path(output) / picture_name(photo, painting)
+        if target != "-":
+            resolved = Path(target).resolve()
+            if resolved in inputs:
+                raise ImageError(f"output {target} is one of the inputs; choose another -o")
+            if resolved in targets:
+                raise ImageError(f"{photo} and {targets[resolved]} would both be written to {target}; rename one")
+            targets[resolved] = photo
+        yield photo, painting, target
+
+
+def picture_name(photo: str | Path, painting: str | Path) -> str:
+    """{content}_stylized_{style}.{ext}, with the photo's extension where we can write it, else PNG."""
+    names = ["stdin" if source == "-" else Path(source).stem for source in (photo, painting)]
+    suffix = "" if photo == "-" else Path(photo).suffix.lower()
+    return f"{names[0]}_stylized_{names[1]}{suffix if suffix in WRITABLE else '.png'}"
+
+
+# ---- train
+
+
+def add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a network on two folders",
+        description="Train a StyA2K network on a folder of photos and a folder of paintings. The run's folder "
+        "gets weights.safetensors, state.pt (to resume), log.jsonl, loss.png and samples/.",
+    )
+    parser.add_argument("--content-dir", required=True, metavar="D", help="folder of photos")
+    parser.add_argument("--style-dir", required=True, metavar="D", help="folder of paintings")
+    parser.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file, see `a2k convert --vgg`")
+    parser.add_argument("-o", "--output", required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--config", choices=("lite", "vgg16", "vgg19"), default="lite", help="network (%(default)s)")
+    parser.add_argument("--crop", type=int, default=256, metavar="PX", help="side of the crops (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=160_000, metavar="N", help="in all (%(default)s)")
+    parser.add_argument("--lr", type=float, help="learning rate (1e-3 for lite, else 2e-4)")
+    parser.add_argument("--global-weight", type=float, metavar="W", help="of the global style loss")
+    parser.add_argument("--local-weight", type=float, metavar="W", help="of the local feature loss")
+    parser.add_argument("--content-weight", type=float, metavar="W", help="of the content loss")
+    parser.add_argument("--keys", choices=("cumulative", "own"), help="features that the local loss compares")
+    parser.add_argument("--autoencode-steps", type=int, metavar="N", help="first steps that only copy the photo")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    parser.add_argument("--checkpoint-steps", type=int, default=1000, metavar="N", help="(%(default)s)")
+    parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help="(%(default)s)")
+    parser.add_argument("--holdout", type=int, default=40, metavar="N", help="last files kept back (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (%(default)s)")
+    parser.add_argument("--weights", metavar="W", help="start from these weights")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    parser.add_argument("--backend", choices=("triton", "torch", "reference"), help="of the attention (automatic)")
+    parser.set_defaults(run=run_train)
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from a2k import train
+    from a2k.checkpoint import find_weights
+    from a2k.stylize import choose_device
+
+    options = vars(arguments).copy()
+    options.pop("run")
+    names = ("lr", "global_weight", "local_weight", "content_weight", "keys", "autoencode_steps")
+    changes = {name: value for name in names if (value := options.pop(name)) is not None}
+    options["recipe"] = replace(train.RECIPES[arguments.config], **changes)
+    options["device"] = str(choose_device(arguments.device))
+    if arguments.weights:
+        options["weights"] = str(find_weights(arguments.weights))
+    train.main(train.TrainOptions(**options))
+
+
+# ---- evaluate
+
+
+def add_evaluate(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a network on held-out pairs",
+        description="Mean losses over fixed pairs of a photo and a painting, scored by a VGG network.",
+    )
+    parser.add_argument("--content-dir", required=True, metavar="D", help="folder of photos")
+    parser.add_argument("--style-dir", required=True, metavar="D", help="folder of paintings")
+    parser.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file")
+    parser.add_argument("--size", type=int, default=256, metavar="PX", help="side of the squares (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=200, metavar="N", help="fixed choice of pairs (%(default)s)")
+    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="only the last N files (0: all)")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    add_model_options(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    from a2k.evaluate import evaluate
+    from a2k.stylize import StyleTransfer
+
+    transfer = StyleTransfer(
+        arguments.weights, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend
+    )
+    scores = evaluate(
+        arguments.content_dir,
+        arguments.style_dir,
+        arguments.perceptual,
+        transfer,
+        name=str(arguments.weights),
+        size=arguments.size,
+        pairs=arguments.pairs,
+        holdout=arguments.holdout,
+    )
+    print(json.dumps(asdict(scores)) if arguments.json else scores.table())
+
+
+# ---- convert
+
+
+def add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert official weights",
+        description="Convert the four official StyA2K files to one; --vgg alone (the official VGG19 or torchvision's "
+        "VGG19/VGG16) writes an encoder file for training.",
+    )
+    parser.add_argument("--vgg", required=True, metavar="F", help="vgg_normalised.pth, or torchvision's vgg*.pth")
+    parser.add_argument("--a2k", metavar="F", help="latest_net_A2K.pth")
+    parser.add_argument("--transform", metavar="F", help="latest_net_transform.pth")
+    parser.add_argument("--decoder", metavar="F", help="latest_net_decoder.pth")
+    parser.add_argument("-o", "--output", required=True, metavar="F", help="safetensors file to write")
+    parser.set_defaults(run=run_convert)
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    from a2k.checkpoint import WeightsError, save_encoder, save_model
+    from a2k.convert import stya2k, vgg_encoder
+
+    parts = {name: getattr(arguments, name) for name in ("a2k", "transform", "decoder")}
+    missing = [f"--{name}" for name, path in parts.items() if path is None]
+    if missing and len(missing) < len(parts):
+        raise WeightsError(f"{' and '.join(missing)} missing; give --vgg alone, or all four files")
+    if missing:
+        encoder, kind = vgg_encoder(arguments.vgg)
+        save_encoder(encoder, kind, arguments.output)
+        print(f"{arguments.output}  {kind} encoder")
+    else:
+        save_model(stya2k(vgg=arguments.vgg, **parts), arguments.output)
+        print(f"{arguments.output}  StyA2K (vgg19)")
+
+
+# ---- info
+
+
+def run_info(_arguments: argparse.Namespace) -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from a2k.checkpoint import WEIGHTS_DIR
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "triton", "numpy", "pillow", "safetensors")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = [
+        ("a2k", __version__),
+        ("python", platform.python_version()),
+        *((package, installed(package)) for package in packages),
+        ("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus])),
+        ("backends", "torch, reference"),
+        ("weights", ", ".join(sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors"))) or "none"),
+    ]
+    print("\n".join(f"{name:<12}{value}" for name, value in rows))

@@ -1,0 +1,88 @@
+"""Parity with results of the published code (tests/data/golden.npz), at the tolerances it states."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from official import a2k_shapes, fill, official_files
+
+import a2k
+from a2k import convert, losses
+
+GOLDEN = np.load(Path(__file__).parents[1] / "data" / "golden.npz")
+BLOCK_SIZES = {3: 8, 4: 8, 5: 4}
+BACKENDS = ("reference", "torch")
+A2K_CASES = ((64, 3, 32, 2, 100), (64, 4, 48, 1, 200), (64, 5, 16, 2, 300), (256, 3, 32, 1, 400))
+
+
+def features(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).clamp(min=0).float()
+
+
+def assert_close(actual: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(actual.detach(), torch.from_numpy(np.array(GOLDEN[name])), rtol=1e-4, atol=1e-4)
+
+
+def assert_gradient_close(actual: torch.Tensor, name: str) -> None:
+    expected = torch.from_numpy(np.array(GOLDEN[name]))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", A2K_CASES, ids=str)
+def test_a2k_module(case, backend):
+    channels, layer, h, batch, seed = case
+    name = f"a2k_C{channels}_layer{layer}_h{h}_B{batch}_seed{seed}"
+    module = a2k.A2K(channels, block_size=BLOCK_SIZES[layer], backend=backend)
+    module.load_state_dict(convert.a2k_layer(fill(a2k_shapes(channels, "module."), seed, 1.0)))
+    shape = (batch, channels, h, h)
+    content, style = (features(seed + i, shape).requires_grad_() for i in (1, 2))
+    out = module(content, style)
+    assert_close(out[:, ::4], f"{name}/out")
+    if f"{name}/grad_content" not in GOLDEN:
+        return
+    upstream = torch.from_numpy(np.random.RandomState(seed + 3).standard_normal(shape)).float()
+    (out * upstream).sum().backward()
+    assert_gradient_close(content.grad[:, ::8], f"{name}/grad_content")
+    assert_gradient_close(style.grad[:, ::8], f"{name}/grad_style")
+    assert_gradient_close(module.sim_alpha.grad, f"{name}/grad_alpha")
+    assert_gradient_close(module.sim_beta.grad, f"{name}/grad_beta")
+    for conv in ("q2", "k", "v2"):
+        assert_gradient_close(getattr(module, conv).weight.grad[::4, ::4, 0, 0], f"{name}/grad_{conv}_weight")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses(backend):
+    name, n, seed = "loss_S64_B1_seed500", 64, 500
+    channels = (64, 128, 256, 512, 512)
+
+    def pyramid(first_seed: int) -> list[torch.Tensor]:
+        return [features(first_seed + i, (1, c, n >> i, n >> i)) for i, c in enumerate(channels)]
+
+    content, style, output = (pyramid(10 * (seed + i)) for i in range(3))
+    output = [x.requires_grad_() for x in output]
+    values = {
+        "content": losses.content_loss(output, content),
+        "global": losses.global_style_loss(output, style),
+        "local": losses.local_feature_loss(output, content, style, backend=backend),
+    }
+    for loss, value in values.items():
+        assert_close(value, f"{name}/{loss}")
+    gradients = torch.autograd.grad(values["global"] + values["local"], output)
+    for i, gradient in enumerate(gradients, 1):
+        assert_gradient_close(gradient.norm(), f"{name}/grad{i}_norm")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_network(backend, monkeypatch):
+    name, seed = "model_S128_B1_seed600", 600
+    monkeypatch.setenv("A2K_BACKEND", backend)
+    model = convert.stya2k(**official_files(seed))
+    content, style = (
+        torch.from_numpy(np.random.RandomState(seed + i).random_sample((1, 3, 128, 128))).float() for i in (4, 5)
+    )
+    with torch.no_grad():
+        assert_close(model(content, style)[..., ::2, ::2], f"{name}/out")
+        for i, feature in enumerate(model.encoder(content), 1):
+            assert_close(torch.stack([feature.mean(), feature.std()]), f"{name}/relu{i}_1_mean_std")
