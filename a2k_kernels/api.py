@@ -1,6 +1,7 @@
 """The public operations: validate, choose a backend, call it, and give the result the query's layout."""
 
 import os
+from numbers import Real
 from types import ModuleType
 
 import torch
@@ -45,7 +46,7 @@ def block_aggregate(
     """
     check_maps(block_size, num_heads, key=key, value=value)
     check_same_size(key, value)
-    key, value = to_autocast_dtype(key, value)
+    key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (key, value))
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
     with no_autocast(key):
         return choose_backend(backend).block_aggregate(
@@ -84,14 +85,14 @@ def distributed_attention(
     check_maps(block_size, num_heads, query=query, key=key, value=value)
     check_same_size(key, value)
     check_same_channels(query, key)
-    query, key, value = to_autocast_dtype(query, key, value)
+    memory_format = output_format(query)
+    query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
-    query, key, value = (keep_grad_layout(x) for x in (query, key, value))
     with no_autocast(query):
         out = choose_backend(backend).distributed_attention(
-            query, key, value, alpha, beta, block_size=block_size, num_heads=num_heads, scale=float(scale)
+            query, key, value, alpha, beta, block_size=block_size, num_heads=num_heads, scale=real("scale", scale)
         )
-    return out.contiguous(memory_format=output_format(query))
+    return out.contiguous(memory_format=memory_format)
 
 
 def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, backend: str | None = None) -> Tensor:
@@ -145,20 +146,20 @@ def block_attention(
 
     Raises:
         ValueError: shapes do not fit, or (on the CPU) an index is out of range; on a GPU, where checking would
-            stall, such a block's output is zero. TypeError: dtypes do not fit. RuntimeError: the backend
-            cannot run.
+            stall, and under torch.compile such a block's output is zero. TypeError: dtypes do not fit.
+            RuntimeError: the backend cannot run.
     """
     check_maps(block_size, num_heads, query=query, key=key, value=value)
     check_same_size(key, value)
     check_same_channels(query, key)
     check_index(index, query, key, block_size, num_heads)
-    query, key, value = to_autocast_dtype(query, key, value)
-    query, key, value = (keep_grad_layout(x) for x in (query, key, value))
+    memory_format = output_format(query)
+    query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
     with no_autocast(query):
         out = choose_backend(backend).block_attention(
-            query, key, value, index, block_size=block_size, num_heads=num_heads, scale=float(scale)
+            query, key, value, index, block_size=block_size, num_heads=num_heads, scale=real("scale", scale)
         )
-    return out.contiguous(memory_format=output_format(query))
+    return out.contiguous(memory_format=memory_format)
 
 
 def progressive_attention(
@@ -258,11 +259,17 @@ def check_index(index: Tensor, query: Tensor, key: Tensor, block_size: int, num_
         raise ValueError(f"index has values from {lowest} to {highest}; key has blocks 0 to {key_rows * key_cols - 1}")
 
 
+def real(name: str, number: float) -> float:
+    if not isinstance(number, Real):
+        raise TypeError(f"{name} must be a float, not {type(number).__name__}")
+    return float(number)
+
+
 def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:
     """alpha or beta as a tensor of shape () on like's device; a tensor keeps its dtype and is not read back."""
     if not isinstance(number, Tensor):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.tensor(float(number), dtype=dtype, device=like.device)
+        return torch.tensor(real(name, number), dtype=dtype, device=like.device)
     if tuple(number.shape) not in ((), (1,)):
         raise ValueError(f"{name} has shape {tuple(number.shape)}; it must be a float or of shape () or (1,)")
     if not number.is_floating_point():
@@ -272,12 +279,12 @@ def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:
     return number.reshape(())
 
 
-def to_autocast_dtype(*maps: Tensor) -> tuple[Tensor, ...]:
-    """The maps in the dtype that autocast asks for, if it is on (float64 is left alone, as PyTorch does)."""
-    device = maps[0].device.type
-    if not torch.is_autocast_enabled(device) or maps[0].dtype == torch.float64:
-        return maps
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in maps)
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """x in the dtype that autocast asks for, if it is on (float64 is left alone, as PyTorch does)."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def no_autocast(x: Tensor) -> torch.autocast:

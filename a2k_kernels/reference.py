@@ -46,10 +46,14 @@ def block_match(query, key, *, block_size, num_heads):
 
 
 def block_attention(query, key, value, index, *, block_size, num_heads, scale):
-    """out_x = sum_y softmax_y(scale <q_x, k_y>) v_y, y over the points of the block that index names."""
+    """out_x = sum_y softmax_y(scale <q_x, k_y>) v_y, y over the points of the block that index names.
+
+    Where api.check_index can't look (on a GPU), an index out of range gives zeros.
+    """
     q, k, v = at_least_float32(*(split_blocks(x, block_size, num_heads) for x in (query, key, value)))
-    exists = existing_points(key.shape[-2:], block_size, key.device)
-    selected = index.long()
+    exists = existing_points(key.shape[-2:], block_size, key.device)  # (n, r)
+    selected = index.long().clamp(0, len(exists) - 1)
     k, v = (torch.take_along_dim(x, selected[..., None, None], dim=2) for x in (k, v))
     scores = (scale * q @ k.mT).masked_fill(~exists[selected][..., None, :], float("-inf"))
-    return merge_blocks(scores.softmax(-1) @ v, query.shape[-2:], block_size).to(query.dtype)
+    out = (scores.softmax(-1) @ v).masked_fill((index != selected)[..., None, None], 0)
+    return merge_blocks(out, query.shape[-2:], block_size).to(query.dtype)

@@ -113,12 +113,12 @@ def select_blocks(blocks: Tensor, index: Tensor) -> Tensor:
 
 
 def block_attention(query, key, value, index, *, block_size, num_heads, scale):
-    """See reference.block_attention. Off the CPU an index out of range selects nothing: its output is zero."""
+    """See reference.block_attention. Where api.check_index can't look, an index out of range gives zeros."""
     B, _, H, W = query.shape
     key_rows, key_cols = count_blocks(key.shape[-2:], block_size)
-    on_gpu = index.device.type != "cpu"  # on the CPU the index has been checked
-    missing = (index < 0) | (index >= key_rows * key_cols) if on_gpu else None
-    index = index.long().clamp(0, key_rows * key_cols - 1) if on_gpu else index.long()
+    unchecked = index.device.type != "cpu" or torch.compiler.is_compiling()
+    missing = (index < 0) | (index >= key_rows * key_cols) if unchecked else None
+    index = index.long().clamp(0, key_rows * key_cols - 1) if unchecked else index.long()
     exists = existing_points(key.shape[-2:], block_size, key.device)
     cut = key.shape[2] % block_size or key.shape[3] % block_size
     cols = count_blocks((H, W), block_size)[1]
