@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(INSTALLED)  ## redraw the demo photos in the demo styles, into demo/out/
+	$(BIN)/python demo/run.py
+
+test: $(INSTALLED)  ## the tests that a change must pass
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)  ## every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo/out
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
