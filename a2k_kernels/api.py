@@ -1,6 +1,7 @@
 """The public operations: validate, choose a backend, call it, and give the result the query's layout."""
 
 import os
+from importlib.util import find_spec
 from numbers import Real
 from types import ModuleType
 
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from a2k_kernels import reference, torch_backend
 from a2k_kernels.blocks import count_blocks
+from a2k_kernels.layout import keep_grad_layout, output_format
 
 BACKENDS = ("triton", "torch", "reference")
+MAX_BLOCK_SIZE, MAX_HEAD_DIM = 16, 256  # of the Triton kernels
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,10 +51,9 @@ def block_aggregate(
     check_same_size(key, value)
     key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (key, value))
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
+    blocks = {"block_size": block_size, "num_heads": num_heads}
     with no_autocast(key):
-        return choose_backend(backend).block_aggregate(
-            key, value, alpha, beta, block_size=block_size, num_heads=num_heads
-        )
+        return choose_backend(backend, key, value, **blocks).block_aggregate(key, value, alpha, beta, **blocks)
 
 
 def distributed_attention(
@@ -88,10 +90,10 @@ def distributed_attention(
     memory_format = output_format(query)
     query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
+    blocks = {"block_size": block_size, "num_heads": num_heads}
     with no_autocast(query):
-        out = choose_backend(backend).distributed_attention(
-            query, key, value, alpha, beta, block_size=block_size, num_heads=num_heads, scale=real("scale", scale)
-        )
+        run = choose_backend(backend, query, key, value, **blocks).distributed_attention
+        out = run(query, key, value, alpha, beta, scale=real("scale", scale), **blocks)
     return out.contiguous(memory_format=memory_format)
 
 
@@ -115,8 +117,9 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     """
     check_maps(block_size, num_heads, query=query, key=key)
     check_same_channels(query, key)
+    blocks = {"block_size": block_size, "num_heads": num_heads}
     with torch.no_grad(), no_autocast(query):
-        return choose_backend(backend).block_match(query, key, block_size=block_size, num_heads=num_heads)
+        return choose_backend(backend, query, key, **blocks).block_match(query, key, **blocks)
 
 
 def block_attention(
@@ -155,10 +158,10 @@ def block_attention(
     check_index(index, query, key, block_size, num_heads)
     memory_format = output_format(query)
     query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
+    blocks = {"block_size": block_size, "num_heads": num_heads}
     with no_autocast(query):
-        out = choose_backend(backend).block_attention(
-            query, key, value, index, block_size=block_size, num_heads=num_heads, scale=real("scale", scale)
-        )
+        run = choose_backend(backend, query, key, value, **blocks).block_attention
+        out = run(query, key, value, index, scale=real("scale", scale), **blocks)
     return out.contiguous(memory_format=memory_format)
 
 
@@ -186,16 +189,44 @@ def progressive_attention(
     return (out, index) if return_index else out
 
 
-def choose_backend(backend: str | None) -> ModuleType:
-    """The backend's module: the argument, else the A2K_BACKEND variable, else automatic."""
+def choose_backend(backend: str | None, *maps: Tensor, block_size: int, num_heads: int) -> ModuleType:
+    """The backend's module: the argument, else the A2K_BACKEND variable, else automatic.
+
+    Automatic is Triton on a GPU, where it can run, and otherwise PyTorch. An explicit choice never falls back: it
+    raises RuntimeError, saying why it cannot run.
+    """
     source = "backend"
     if backend is None:
-        backend, source = os.environ.get("A2K_BACKEND") or "torch", "A2K_BACKEND"
+        backend, source = os.environ.get("A2K_BACKEND"), "A2K_BACKEND"
+    if not backend:
+        on_gpu = maps[0].device.type == "cuda"
+        backend = "triton" if on_gpu and not triton_obstacle(maps, block_size, num_heads) else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"{source} is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton":
-        raise RuntimeError(f"{source} is 'triton', but this version has no Triton kernels yet; choose 'torch'")
-    return {"torch": torch_backend, "reference": reference}[backend]
+    if backend != "triton":
+        return {"torch": torch_backend, "reference": reference}[backend]
+    obstacle = triton_obstacle(maps, block_size, num_heads)
+    if obstacle:
+        raise RuntimeError(f"{source} is 'triton', but {obstacle}; choose 'torch'")
+    from a2k_kernels import ops  # imports Triton, which may be absent
+
+    return ops
+
+
+def triton_obstacle(maps: tuple[Tensor, ...], block_size: int, num_heads: int) -> str | None:
+    """Why the Triton kernels cannot take these maps, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if maps[0].dtype == torch.float64:
+        return "its kernels do not compute in float64"
+    if block_size > MAX_BLOCK_SIZE:
+        return f"block_size is {block_size}, over its {MAX_BLOCK_SIZE}"
+    widest = max(x.shape[1] // num_heads for x in maps)
+    if widest > MAX_HEAD_DIM:
+        return f"a head has {widest} channels, over its {MAX_HEAD_DIM}"
+    if maps[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {maps[0].device.type}, where it needs TRITON_INTERPRET=1, set before Python starts"
+    return None
 
 
 def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
@@ -289,27 +320,3 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
-
-
-def output_format(query: Tensor) -> torch.memory_format:
-    """channels_last for a query whose points are contiguous channel vectors, else contiguous."""
-    _, C, H, W = query.shape
-    channels_last = C > 1 and H * W > 1 and query.stride(1) == 1
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-class KeepGradLayout(torch.autograd.Function):
-    """Identity whose gradient has the input's memory format, whatever the operations behind it prefer."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.memory_format = output_format(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=ctx.memory_format)
-
-
-def keep_grad_layout(x: Tensor) -> Tensor:
-    return KeepGradLayout.apply(x) if x.requires_grad and torch.is_grad_enabled() else x

@@ -1,0 +1,28 @@
+"""Memory formats of results and of gradients."""
+
+import torch
+from torch import Tensor
+
+
+def output_format(query: Tensor) -> torch.memory_format:
+    """channels_last for a query whose points are contiguous channel vectors, else contiguous."""
+    _, C, H, W = query.shape
+    channels_last = C > 1 and H * W > 1 and query.stride(1) == 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+class KeepGradLayout(torch.autograd.Function):
+    """Identity whose gradient has the input's memory format, whatever the operations behind it prefer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.memory_format = output_format(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=ctx.memory_format)
+
+
+def keep_grad_layout(x: Tensor) -> Tensor:
+    return KeepGradLayout.apply(x) if x.requires_grad and torch.is_grad_enabled() else x

@@ -1,0 +1,127 @@
+"""block_match: a matrix product of whole blocks whose result never reaches memory, only its row-wise argmax."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from a2k_kernels.blocks import count_blocks
+from a2k_kernels.triton.configs import match_splits, match_tiles
+from a2k_kernels.triton.tiles import dot, is_large, load_tile, on_device
+
+NO_INDEX = tl.constexpr(2147483647)
+
+
+@triton.jit
+def row_argmax(scores, number):
+    """Per row: the largest score and the lowest number that has it; NaN is larger than all, as in torch.argmax.
+
+    scores: [rows, columns]; number: [rows, columns] int32, NO_INDEX where there is no score. Returns [rows] each.
+    """
+    is_nan = (scores != scores) & (number != NO_INDEX)
+    has_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
+    ordered = tl.where((scores != scores) | (number == NO_INDEX), float("-inf"), scores)
+    largest = tl.max(ordered, axis=1)
+    is_best = tl.where(has_nan[:, None], is_nan, (ordered == largest[:, None]) & (number != NO_INDEX))
+    index = tl.min(tl.where(is_best, number, NO_INDEX), axis=1)
+    return tl.where(has_nan, float("nan"), largest), index
+
+
+@triton.jit
+def replaces(score, best):
+    """Whether a later score beats the best so far: ties keep the earlier one, NaN beats all numbers."""
+    return (best == best) & ((score > best) | (score != score))
+
+
+@triton.jit
+def block_rows(block, position, exists, height, width, BLOCK_SIZE: tl.constexpr):
+    """Row, column and existence of one position in each of the given blocks."""
+    blocks_per_row = tl.cdiv(width, BLOCK_SIZE)
+    row = block // blocks_per_row * BLOCK_SIZE + position // BLOCK_SIZE
+    col = block % blocks_per_row * BLOCK_SIZE + position % BLOCK_SIZE
+    return row, col, exists & (row < height) & (col < width)
+
+
+@triton.jit
+def block_match_kernel(
+    query_ptr, key_ptr, score_ptr, index_ptr, query_strides, key_strides,
+    height, width, key_height, key_width, num_blocks, num_key_blocks, tiles_per_split,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr,
+    PRECISION: tl.constexpr, LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """index_x = argmax_z sum_y <q_{x,y}, k_{z,y}>. One program: BLOCK_M query blocks by one range of key blocks.
+
+    Writes the best score and index of its range to (splits, B * NUM_HEADS, num_blocks).
+    """
+    split, map_number = tl.program_id(1), tl.program_id(2)
+    batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
+    block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    best_index = tl.full([BLOCK_M], NO_INDEX, tl.int32)
+    CHUNKS: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
+
+    for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
+        key_block = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for step in range(0, BLOCK_SIZE * BLOCK_SIZE * CHUNKS):
+            position, chunk = step // CHUNKS, step % CHUNKS
+            row, col, exists = block_rows(block, position, block < num_blocks, height, width, BLOCK_SIZE)
+            key_row, key_col, key_exists = block_rows(
+                key_block, position, key_block < num_key_blocks, key_height, key_width, BLOCK_SIZE
+            )
+            q = load_tile(query_ptr, query_strides, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE)
+            k = load_tile(key_ptr, key_strides, batch, head, chunk, key_row, key_col, key_exists, DIM, BLOCK_D, LARGE)
+            scores = dot(q, tl.trans(k), scores, PRECISION)
+        number = tl.where(key_block < num_key_blocks, key_block, NO_INDEX)
+        score, index = row_argmax(scores, tl.broadcast_to(number[None, :], scores.shape))
+        better = replaces(score, best) | (best_index == NO_INDEX)
+        best = tl.where(better, score, best)
+        best_index = tl.where(better, index, best_index)
+
+    target = (split * tl.num_programs(2) + map_number).to(tl.int64) * num_blocks + block
+    tl.store(score_ptr + target, best, mask=block < num_blocks)
+    tl.store(index_ptr + target, best_index, mask=block < num_blocks)
+
+
+@triton.jit
+def best_split_kernel(score_ptr, index_ptr, out_ptr, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Best of the SPLITS ranges for BLOCK query blocks; inputs (SPLITS, count), output (count)."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    best = tl.load(score_ptr + place, mask=inside)
+    best_index = tl.load(index_ptr + place, mask=inside)
+    for split in range(1, SPLITS):
+        score = tl.load(score_ptr + split.to(tl.int64) * count + place, mask=inside)
+        index = tl.load(index_ptr + split.to(tl.int64) * count + place, mask=inside)
+        better = (replaces(score, best) | (best_index == NO_INDEX)) & (index != NO_INDEX)
+        best = tl.where(better, score, best)
+        best_index = tl.where(better, index, best_index)
+    tl.store(out_ptr + place, best_index, mask=inside)
+
+
+def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, precision: str) -> Tensor:
+    """int32 (B, num_heads, n_query_blocks)."""
+    (B, C, H, W), (key_height, key_width) = query.shape, key.shape[-2:]
+    rows, cols = count_blocks((H, W), block_size)
+    key_rows, key_cols = count_blocks((key_height, key_width), block_size)
+    blocks, key_blocks, maps = rows * cols, key_rows * key_cols, B * num_heads
+    if B == 0:
+        return torch.empty((B, num_heads, blocks), dtype=torch.int32, device=query.device)
+    tiles = match_tiles(blocks, key_blocks, C // num_heads, query.element_size())
+    programs, key_tiles = -(-blocks // tiles["BLOCK_M"]), -(-key_blocks // tiles["BLOCK_N"])
+    splits = match_splits(programs * maps, key_tiles)
+    score = torch.empty((splits, maps, blocks), dtype=torch.float32, device=query.device)
+    index = torch.empty((splits, maps, blocks), dtype=torch.int32, device=query.device)
+    with on_device(query):
+        block_match_kernel[(programs, splits, maps)](
+            query, key, score, index, query.stride(), key.stride(),
+            H, W, key_height, key_width, blocks, key_blocks, -(-key_tiles // splits),
+            C // num_heads, block_size, num_heads, precision, is_large(query, key), **tiles,
+        )  # fmt: skip
+        if splits > 1:
+            score, index = score.flatten(1), index.flatten(1)
+            best = torch.empty(maps * blocks, dtype=torch.int32, device=query.device)
+            best_split_kernel[(-(-(maps * blocks) // 128),)](score, index, best, maps * blocks, splits, 128)
+            index = best
+    return index.view(B, num_heads, blocks)

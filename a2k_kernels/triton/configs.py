@@ -1,0 +1,79 @@
+"""Tile sizes, as plain functions of the shape and the element size."""
+
+from a2k_kernels.triton.tiles import tile_side
+
+
+def chunk_width(dim: int, element_size: int) -> int:
+    """Channels per tile: all of them where they fit, else chunks of 128 bytes or more without much padding."""
+    widest = 64 if element_size == 4 else 128
+    padded = tile_side(dim)
+    if padded <= widest:
+        return padded
+    return min((32, 64, 128) if widest == 128 else (32, 64), key=lambda width: (-(-dim // width) * width, -width))
+
+
+def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
+    """block_attention: BLOCK_M query points against all BLOCK_N points of a key block, channels in chunks."""
+    block_n = tile_side(block_size**2)
+    block_m = min(64, block_n) if block_n <= 64 else 4096 // block_n
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": chunk_width(dim, element_size),
+        "BLOCK_DV": chunk_width(value_dim, element_size),
+        "num_warps": 4 if block_n <= 64 else 8,
+        "num_stages": 2,
+    }
+
+
+def fits_one_tile(block_size: int, dim: int, value_dim: int) -> bool:
+    """Whether the single-pass backward of block_attention holds a block's keys and values in registers."""
+    return block_size**2 <= 64 and max(dim, value_dim) <= 64
+
+
+def match_tiles(n_query: int, n_key: int, dim: int, element_size: int) -> dict[str, int]:
+    """block_match: BLOCK_M query blocks by BLOCK_N key blocks, BLOCK_D channels of one position at a time."""
+    return {
+        "BLOCK_M": min(64, tile_side(n_query)),
+        "BLOCK_N": min(64, tile_side(n_key)),
+        "BLOCK_D": min(chunk_width(dim, element_size), 64 if element_size == 2 else 32),
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def aggregate_tiles(block_size: int, dim: int, value_dim: int) -> dict[str, int]:
+    """block_aggregate: all points of a block, channels in chunks of at most 8192 elements a tile."""
+    block_r = tile_side(block_size**2)
+    widest = max(16, 8192 // block_r)
+    return {
+        "BLOCK_R": block_r,
+        "BLOCK_D": min(widest, tile_side(dim)),
+        "BLOCK_DV": min(widest, tile_side(value_dim)),
+        "num_warps": 4,
+    }
+
+
+def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
+    """distributed_attention: BLOCK_M query points by BLOCK_N aggregated keys, all channels in one tile."""
+    block_d, block_dv = tile_side(dim), tile_side(value_dim)
+    wide = max(block_d, block_dv) * element_size > 256
+    return {
+        "BLOCK_M": 32 if wide else 64,
+        "BLOCK_N": min(32 if wide else 64, tile_side(n_key)),
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def match_splits(programs: int, key_tiles: int) -> int:
+    """block_match: ranges the keys are split into, so that few query blocks still fill a GPU of 132 processors."""
+    wanted = max(1, min(key_tiles, 264 // max(1, programs)))
+    return -(-key_tiles // -(-key_tiles // wanted))  # no empty range
+
+
+def distributed_splits(programs: int, query_tiles: int) -> int:
+    """distributed_attention, gradients of the keys: ranges the queries are split into, to fill 132 processors."""
+    return max(1, min(query_tiles, 528 // max(1, programs)))
