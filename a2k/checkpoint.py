@@ -27,12 +27,15 @@ class WeightsError(ValueError):
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Call write(temporary path) and rename the result to path, so that path is whole or untouched."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """Call write(temporary path) and rename the result to path, so that path is whole or untouched.
+
+    Raises OSError with a message of one line.
+    """
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".a2k-", suffix=".tmp")
+        os.close(handle)
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -40,8 +43,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {reason}; choose another path or make room") from error
     finally:
-        if os.path.exists(temporary):
+        if temporary and os.path.exists(temporary):
             os.unlink(temporary)
 
 

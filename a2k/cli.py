@@ -1,6 +1,7 @@
 """The command line, `a2k`: stylize, train, evaluate, convert, info."""
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print_error(error)
         return USAGE_ERROR
     except KeyboardInterrupt:
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_error(error: Exception) -> None:
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     print(f"a2k: error: {lines[0]}", file=sys.stderr)
 
 
@@ -94,11 +95,15 @@ def run_stylize(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         max_pixels=arguments.max_pixels,
     )
+    stdin = None
+    if "-" in (*arguments.content, *arguments.style):  # read once, for all its pairs
+        stdin = io.BytesIO(sys.stdin.buffer.read())
+        stdin.name = "standard input"
     failed = False
     lines = sys.stderr if arguments.output == "-" else sys.stdout
     for content, style, target in tqdm(jobs, unit="picture", disable=None if len(jobs) > 1 else True):
         try:
-            report = stylize_one(transfer, content, style, target, arguments)
+            report = stylize_one(transfer, content, style, target, stdin, arguments)
         except ImageError as error:  # the other pictures may be fine
             with tqdm.external_write_mode():
                 print_error(error)
@@ -109,14 +114,14 @@ def run_stylize(arguments: argparse.Namespace) -> int:
     return USAGE_ERROR if failed else 0
 
 
-def stylize_one(transfer, content, style, target, arguments: argparse.Namespace) -> dict:
+def stylize_one(transfer, content, style, target, stdin, arguments: argparse.Namespace) -> dict:
     """Read, redraw and write one picture; returns what to report of it."""
     from a2k.images import write_image
 
     started = time.perf_counter()
     out = transfer.stylize(
-        sys.stdin.buffer if content == "-" else content,
-        sys.stdin.buffer if style == "-" else style,
+        stdin if content == "-" else content,
+        stdin if style == "-" else style,
         strength=arguments.strength,
         size=arguments.size,
         style_size=arguments.style_size,
@@ -147,7 +152,7 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
     from a2k.images import ImageError, find_images
 
     def sources(paths: list[str]) -> list:
-        return [found for path in paths for found in (["-"] if path == "-" else find_images([path]))]
+        return ["-"] * paths.count("-") + find_images(path for path in paths if path != "-")
 
     photos, paintings = sources(content), sources(style)
     pairs = [(photo, painting) for photo in photos for painting in paintings]
@@ -156,11 +161,12 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
     single = len(pairs) == 1 and (output == "-" or (Path(output).suffix and not Path(output).is_dir()))
     if output == "-" and not single:
         raise ImageError(f"-o - takes one picture but {len(pairs)} would be made; give a folder")
-    if not single and Path(output).exists() and not Path(output).is_dir():
+    is_file = Path(output).exists() or Path(output).suffix.lower() in WRITABLE
+    if not single and is_file and not Path(output).is_dir():
         raise ImageError(f"-o {output} is a file but {len(pairs)} pictures would be made; give a folder")
 
     inputs = {Path(source).resolve() for source in (*photos, *paintings) if source != "-"}
-    targets: dict[Path, object] = {}
+    targets: dict[Path, tuple] = {}
     for photo, painting in pairs:
         target = output if single else Path(output) / picture_name(photo, painting)
         if target != "-":
@@ -168,8 +174,9 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
             if resolved in inputs:
                 raise ImageError(f"output {target} is one of the inputs; choose another -o")
             if resolved in targets:
-                raise ImageError(f"{photo} and {targets[resolved]} would both be written to {target}; rename one")
-            targets[resolved] = photo
+                clash = " and ".join(f"{a} with {b}" for a, b in (targets[resolved], (photo, painting)))
+                raise ImageError(f"{clash} would both be written to {target}; rename one")
+            targets[resolved] = photo, painting
         yield photo, painting, target
 
 
@@ -198,10 +205,11 @@ def add_train(commands) -> None:
     parser.add_argument("--crop", type=int, default=256, metavar="PX", help="side of the crops (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=160_000, metavar="N", help="in all (%(default)s)")
-    parser.add_argument("--lr", type=float, help="learning rate (1e-3 for lite, else 2e-4)")
+    parser.add_argument("--lr", type=float, help="learning rate (5e-4 for lite, else 2e-4)")
     parser.add_argument("--global-weight", type=float, metavar="W", help="of the global style loss")
     parser.add_argument("--local-weight", type=float, metavar="W", help="of the local feature loss")
     parser.add_argument("--content-weight", type=float, metavar="W", help="of the content loss")
+    parser.add_argument("--identity-weight", type=float, metavar="W", help="of the identity loss")
     parser.add_argument("--keys", choices=("cumulative", "own"), help="features that the local loss compares")
     parser.add_argument("--autoencode-steps", type=int, metavar="N", help="first steps that only copy the photo")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
@@ -224,7 +232,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     options = vars(arguments).copy()
     options.pop("run")
-    names = ("lr", "global_weight", "local_weight", "content_weight", "keys", "autoencode_steps")
+    names = ("lr", "global_weight", "local_weight", "content_weight", "identity_weight", "keys", "autoencode_steps")
     changes = {name: value for name in names if (value := options.pop(name)) is not None}
     options["recipe"] = replace(train.RECIPES[arguments.config], **changes)
     options["device"] = str(choose_device(arguments.device))
@@ -296,6 +304,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
     from a2k.convert import stya2k, vgg_encoder
 
     parts = {name: getattr(arguments, name) for name in ("a2k", "transform", "decoder")}
+    if Path(arguments.output).resolve() in {Path(path).resolve() for path in (arguments.vgg, *parts.values()) if path}:
+        raise WeightsError(f"output {arguments.output} is one of the inputs; choose another -o")
     missing = [f"--{name}" for name, path in parts.items() if path is None]
     if missing and len(missing) < len(parts):
         raise WeightsError(f"{' and '.join(missing)} missing; give --vgg alone, or all four files")
@@ -332,7 +342,7 @@ def run_info(_arguments: argparse.Namespace) -> None:
         ("python", platform.python_version()),
         *((package, installed(package)) for package in packages),
         ("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus])),
-        ("backends", "torch, reference"),
+        ("backends", "torch, reference" if installed("triton") == "not installed" else "triton, torch, reference"),
         ("weights", ", ".join(sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors"))) or "none"),
     ]
     print("\n".join(f"{name:<12}{value}" for name, value in rows))

@@ -2,8 +2,8 @@
 
 import os
 import pickle
+import warnings
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -35,25 +35,30 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def read_state_dict(weights: Weights, name: str) -> StateDict:
     """A state dict from a dict or a .pth/.safetensors file, without any `module.` prefix. Raises WeightsError."""
     if not isinstance(weights, dict):
-        weights = _read_file(Path(weights), name)
+        weights = read_file(Path(weights), name)
     for key in ("state_dict", "model"):  # training scripts often wrap the state dict
         if isinstance(weights.get(key), dict):
             weights = weights[key]
-    if not weights or not all(isinstance(x, Tensor) for x in weights.values()):
+    if not weights or not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in weights.items()):
         raise WeightsError(f"{name} holds no state dict of tensors; give the official file")
     return {key.removeprefix("module."): x for key, x in weights.items()}
 
 
-def _read_file(path: Path, name: str) -> dict:
+def read_file(path: Path, name: str) -> dict:
+    """The dict in a .pth/.safetensors file, on the CPU; nothing in it is executed. Raises WeightsError."""
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     if not path.is_file():
         raise WeightsError(f"{name} file {path} does not exist; check the path")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{name} file {path} cannot be read as plain weights ({reason}); get it again") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its message advises to read the file unsafely
+        raise WeightsError(f"{name} file {path} holds other things than weights; get the official one") from None
+    except Exception as error:  # a damaged file gives errors of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise WeightsError(f"{name} file {path} is not a whole weights file ({reason}); get it again") from None
     if not isinstance(weights, dict):
         raise WeightsError(f"{name} file {path} holds a {type(weights).__name__}, not a state dict")
     return weights
@@ -81,7 +86,7 @@ def a2k_layer(state_dict: StateDict) -> StateDict:
     for name in ("sim_alpha", "sim_beta"):
         if name not in state_dict:
             raise WeightsError(f"a2k lacks {name}; it is not the official file, or another network's")
-        layer[name] = state_dict[name].reshape(1)
+        layer[name] = state_dict[name].reshape(-1)
     return layer
 
 

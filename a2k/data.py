@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from a2k.images import ImageError, find_images, read_image, resize_short_side, to_tensor
+from a2k.images import ImageError, find_images, read_image, to_tensor
 
 
 class PairDataset(Dataset):
@@ -48,17 +48,35 @@ def draw_image(files: list[Path], rng: np.random.Generator) -> Image.Image:
     raise ImageError(f"100 pictures in a row could not be read, the last one {path}; check the data folders")
 
 
+def readable_images(files: list[Path], count: int) -> list[Image.Image]:
+    """The first `count` pictures that can be read. Raises ImageError if there are none."""
+    images = []
+    for path in files:
+        if len(images) < count:
+            try:
+                images.append(read_image(path).rgb)
+            except ImageError as error:
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+    if not images:
+        raise ImageError(f"none of {len(files)} pictures in {files[0].parent} can be read; check the folder")
+    return images
+
+
 def random_crop(image: Image.Image, crop: int, rng: np.random.Generator) -> Tensor:
-    image = resize_short_side(image, 2 * crop)
-    left, top = (int(rng.integers(n - crop + 1)) for n in image.size)
-    pixels = to_tensor(image.crop((left, top, left + crop, top + crop)))[0]
+    """A crop of the picture at a short side of 2 * crop; only the crop is resized, so any aspect is cheap."""
+    scale = 2 * crop / min(image.size)
+    left, top = (int(rng.integers(int(n * scale) - crop + 1)) for n in image.size)
+    box = tuple(n / scale for n in (left, top, left + crop, top + crop))
+    pixels = to_tensor(image.resize((crop, crop), Image.Resampling.LANCZOS, box))[0]
     return pixels.flip(-1) if rng.random() < 0.5 else pixels
 
 
 def split_files(folder: str | Path, holdout: int) -> tuple[list[Path], list[Path]]:
     """The images of a folder by name: (all but the last `holdout`, the last `holdout`). Raises ImageError."""
     files = find_images([folder])
-    if holdout < 0 or len(files) <= holdout:
+    if holdout < 0:
+        raise ImageError(f"holdout is {holdout}; it must be at least 0")
+    if len(files) <= holdout:
         raise ImageError(f"{folder} has {len(files)} images, of which holdout={holdout} leaves none; lower it")
     return files[: len(files) - holdout], files[len(files) - holdout :]
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from a2k.data import split_files
 from a2k.encoder import Encoder
 from a2k.images import ImageError, read_image, to_tensor
 from a2k.losses import content_loss, global_style_loss
+from a2k.model import MINIMUM
 from a2k.stylize import StyleTransfer
+
+KEPT_PICTURES = 32  # whose features are kept: 32 MB each at 256 px
 
 
 @dataclass(frozen=True)
@@ -66,30 +70,35 @@ def evaluate(
         name: of the network, for the table. size: in pixels. pairs: number of pairs, drawn from all by a fixed
         seed. holdout: use only the last so many files of each folder, by name (0: all).
 
-    Raises ImageError or WeightsError if a folder or file cannot be used.
+    Raises ImageError or WeightsError if a folder or file cannot be used, ValueError for a number out of range.
     """
+    if pairs < 1 or size < MINIMUM:
+        raise ValueError(f"pairs={pairs} and size={size}; they must be at least 1 and {MINIMUM}")
     encoder, kind = load_encoder(perceptual)
-    contents, styles = ([load_square(path, size) for path in held_files(d, holdout)] for d in (content_dir, style_dir))
+    contents, styles = (held_files(folder, holdout) for folder in (content_dir, style_dir))
     if len(styles) < 2:
         raise ImageError(f"{style_dir} has one picture; shuffling styles needs at least two")
     chosen = choose_pairs(len(contents), len(styles), pairs)
+
+    @lru_cache(KEPT_PICTURES)
+    def read(path: Path) -> tuple[Tensor, list[Tensor]]:
+        image = load_square(path, size)
+        return image, _features(encoder, image)
+
     with torch.inference_mode():
-        content_features, style_features = (
-            [_features(encoder, x) for x in contents],
-            [_features(encoder, x) for x in styles],
-        )
         sums, seconds = np.zeros(4), 0.0
-        transfer.model(_to(transfer, contents[0]), _to(transfer, styles[0]))  # the first call sets up
+        transfer.model(*(_to(transfer, read(files[0])[0]) for files in (contents, styles)))  # the first call sets up
         for c, s, other in tqdm(chosen, unit="pair", disable=None):
+            (photo, photo_features), (painting, painting_features) = read(contents[c]), read(styles[s])
             started = time.perf_counter()
-            output = transfer.model(_to(transfer, contents[c]), _to(transfer, styles[s])).float().cpu().clamp(0, 1)
+            output = transfer.model(_to(transfer, photo), _to(transfer, painting)).float().cpu().clamp(0, 1)
             seconds += time.perf_counter() - started
             features = _features(encoder, output)
             sums += [
-                float(global_style_loss(features, style_features[s])),
-                float(global_style_loss(content_features[c], style_features[s])),
-                float(global_style_loss(features, style_features[other])),
-                float(content_loss(features, content_features[c])),
+                float(global_style_loss(features, painting_features)),
+                float(global_style_loss(photo_features, painting_features)),
+                float(global_style_loss(features, read(styles[other])[1])),
+                float(content_loss(features, photo_features)),
             ]
     style, identity, shuffled, content = (float(x) for x in sums / len(chosen))
     return Scores(
@@ -116,9 +125,9 @@ def load_square(path: Path, size: int) -> Tensor:
 
 
 def choose_pairs(contents: int, styles: int, pairs: int) -> list[tuple[int, int, int]]:
-    """(content, style, another style) for a fixed choice of distinct pairs."""
+    """(content, style, another style) for a fixed choice of distinct pairs, sorted by content."""
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(contents * styles)[:pairs]
+    chosen = np.sort(rng.permutation(contents * styles)[:pairs])
     others = rng.integers(1, styles, len(chosen))
     return [(int(p) // styles, int(p) % styles, int(p + o) % styles) for p, o in zip(chosen, others, strict=True)]
 

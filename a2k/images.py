@@ -99,15 +99,15 @@ def to_pil(tensor: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def resize_short_side(image: Image.Image, size: int | None) -> Image.Image:
+def resize_short_side(image: Image.Image, size: int | None, name: str = "size") -> Image.Image:
     """Image with its short side at `size` pixels (Lanczos), its shape kept; unchanged if `size` is None.
 
-    Raises ValueError if `size` is neither None nor a positive int.
+    Raises ValueError, which calls it `name`, if `size` is neither None nor a positive int.
     """
     if size is None:
         return image
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size is {size!r}; give a whole number of pixels of at least 1, or None")
+        raise ValueError(f"{name} is {size!r}; give a whole number of pixels of at least 1, or None")
     short = min(image.size)
     width, height = (round(side * size / short) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)

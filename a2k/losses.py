@@ -1,13 +1,14 @@
 """Training losses (Zhu et al. 2023, section 3.4) on lists of the five feature maps relu1_1 .. relu5_1.
 
-Targets carry no gradient. Every loss has weight 1; the published weights are in `a2k.train`.
+Targets carry no gradient. A loss is a float32 scalar (float64 for float64 features) of weight 1; the published weights
+are in `a2k.train`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from a2k.attention import channel_statistics, normalize
+from a2k.attention import at_least_float32, channel_statistics, normalize
 from a2k_kernels import distributed_attention, progressive_attention
 
 LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
@@ -16,7 +17,7 @@ LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
 def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
     """Sum over relu1_1 .. relu4_1 of the MSE of channel means plus the MSE of channel standard deviations.
 
-    The two lists may have different H, W. Returns a float32 scalar.
+    The two lists may have different H, W.
     """
     loss = 0.0
     for output, style in zip(output_features[:4], style_features[:4], strict=True):
@@ -29,7 +30,7 @@ def global_style_loss(output_features: list[Tensor], style_features: list[Tensor
 
 
 def content_loss(output_features: list[Tensor], content_features: list[Tensor]) -> Tensor:
-    """Sum over relu4_1 and relu5_1 of the MSE between norm(output) and norm(content). A float32 scalar."""
+    """Sum over relu4_1 and relu5_1 of the MSE between norm(output) and norm(content)."""
     loss = 0.0
     for output, content in zip(output_features[3:5], content_features[3:5], strict=True):
         with torch.no_grad():
@@ -50,10 +51,11 @@ def local_feature_loss(
     """Sum over relu2_1 .. relu5_1 of the MSE between output and content + DA + PA, attention without parameters.
 
     keys: "cumulative", as published: queries and keys are the features of all scales up to that one, resized and
-    normalised; "own": those of that scale only. The value is the style feature. Returns a float32 scalar.
+    normalised; "own": those of that scale only. The value is the style feature.
     """
     targets = local_targets(content_features, style_features, num_heads=num_heads, keys=keys, backend=backend)
-    return sum(F.mse_loss(output.float(), target) for output, target in zip(output_features[1:5], targets, strict=True))
+    pairs = zip(output_features[1:5], targets, strict=True)
+    return sum(F.mse_loss(at_least_float32(output), target) for output, target in pairs)
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def local_targets(
     keys: str = "cumulative",
     backend: str | None = None,
 ) -> list[Tensor]:
-    """What `local_feature_loss` compares the output's relu2_1 .. relu5_1 with: float32 maps."""
+    """What `local_feature_loss` compares the output's relu2_1 .. relu5_1 with: maps of at least float32."""
     if keys not in ("cumulative", "own"):
         raise ValueError(f"keys is {keys!r}; choose 'cumulative' or 'own'")
     targets = []
@@ -77,7 +79,7 @@ def local_targets(
         options = {"block_size": block_size, "num_heads": num_heads, "backend": backend}
         distributed = distributed_attention(query, key, value, **options)
         progressive = progressive_attention(query, key, value, **options)
-        targets.append(content.float() + distributed + progressive)
+        targets.append(at_least_float32(content) + distributed + progressive)
     return targets
 
 

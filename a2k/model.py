@@ -30,6 +30,9 @@ class StyA2KConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
+        numbers = (*self.channels, *self.block_sizes, self.num_heads)
+        if not all(isinstance(number, int) for number in numbers):
+            raise TypeError(f"channels, block_sizes and num_heads are {numbers}; they must be whole numbers")
         if self.encoder not in ENCODER_DEPTHS:
             raise ValueError(f"encoder is {self.encoder!r}; choose one of {', '.join(ENCODER_DEPTHS)}")
         if self.residual not in RESIDUALS:

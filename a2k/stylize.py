@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from a2k.checkpoint import find_weights, load_model
-from a2k.images import MAX_PIXELS, read_image, resize_short_side, to_pil, to_tensor, transfer_color
+from a2k.images import MAX_PIXELS, ImageError, read_image, resize_short_side, to_pil, to_tensor, transfer_color
 from a2k.model import StyA2K
 
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
@@ -65,7 +65,7 @@ class StyleTransfer:
             A picture of the content's size (after `size`), RGB, or RGBA if the content has transparency.
 
         Raises:
-            ImageError: a picture cannot be read. ValueError: a number is out of range.
+            ImageError: a picture cannot be read or grows too large. ValueError: a number is out of range.
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; it must be from 0 to 1")
@@ -81,14 +81,14 @@ class StyleTransfer:
         return out
 
     def _resize(self, image: Image.Image, size: int | None, name: str) -> Image.Image:
-        if size is not None and size > 0:
+        if isinstance(size, int) and size > 0:
             width, height = (side * size / min(image.size) for side in image.size)
             if width * height > self.max_pixels:
-                raise ValueError(
+                raise ImageError(
                     f"{name}={size} makes a picture of {width * height:.0f} pixels, over the limit of "
                     f"{self.max_pixels}; lower it or raise the limit (--max-pixels, max_pixels=)"
                 )
-        return resize_short_side(image, size)
+        return resize_short_side(image, size, name)
 
     def _tensor(self, image: Image.Image) -> torch.Tensor:
         return to_tensor(image).to(self.device, self.dtype, memory_format=torch.channels_last)
@@ -100,9 +100,9 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        torch.empty(1, device=chosen).cpu()
+    except Exception as error:  # PyTorch raises errors of many kinds, some of a thousand words
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {device!r} cannot be used ({reason}); choose 'auto' or 'cpu'") from None
     return chosen
 

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from a2k.checkpoint import load_encoder, load_model, save_model, write_atomically
-from a2k.data import PairDataset, make_loader, split_files
-from a2k.images import read_image, resize_short_side, to_pil, to_tensor, write_image
+from a2k.checkpoint import load_encoder, load_model, load_strictly, save_model, write_atomically
+from a2k.convert import read_file
+from a2k.data import PairDataset, make_loader, readable_images, split_files
+from a2k.images import to_pil, to_tensor, write_image
 from a2k.losses import content_loss, global_style_loss, local_feature_loss
 from a2k.model import CONFIGS, StyA2K
 from a2k.sheet import contact_sheet
 
+LOSSES = ("pixel", "global", "local", "content", "identity")
 SAMPLE_FILES = 4  # rows and columns of the sample grid
-SAMPLE_SIZE = 192  # pixels, short side
+SAMPLE_SIZE = 256  # pixels, long side
 
 
 class TrainingError(ValueError):
@@ -32,12 +34,15 @@ class Recipe:
 
     autoencode_steps: first steps that only reproduce the content (A2K bypassed, L1 loss), so that a lite
     network's features carry colour before they are matched; a VGG network is frozen and needs none.
+    identity_weight: of the L1 distance between a picture and itself redrawn in its own manner (after Park & Lee
+    2019, arXiv 1812.02342), which keeps colour and detail alive.
     """
 
     lr: float = 2e-4
     global_weight: float = 10.0
     local_weight: float = 1.25
     content_weight: float = 0.0
+    identity_weight: float = 0.0
     keys: str = "cumulative"
     autoencode_steps: int = 0
     clip: float = 1.0
@@ -46,7 +51,7 @@ class Recipe:
 RECIPES = {
     "vgg19": Recipe(),
     "vgg16": Recipe(),
-    "lite": Recipe(lr=1e-3, local_weight=1.0, keys="own", autoencode_steps=500),
+    "lite": Recipe(lr=5e-4, local_weight=0.7, identity_weight=50.0, keys="own", autoencode_steps=500),
 }
 
 
@@ -82,8 +87,7 @@ class Trainer:
     """
 
     def __init__(self, options: TrainOptions) -> None:
-        if options.crop < 32 or options.crop % 16:
-            raise TrainingError(f"crop is {options.crop}; it must be a multiple of 16, at least 32")
+        check_numbers(options)
         torch.manual_seed(options.seed)
         self.options, self.recipe = options, options.recipe
         self.folder = Path(options.output)
@@ -96,24 +100,31 @@ class Trainer:
         style_files, style_held = split_files(options.style_dir, options.holdout)
         length = options.steps * options.batch_size
         self.data = PairDataset(content_files, style_files, options.crop, length, options.seed)
-        self.sample_files = (content_held or content_files)[:SAMPLE_FILES], (style_held or style_files)[:SAMPLE_FILES]
+        self.data[0]  # raises ImageError here and not in another process, where its message would drown
+        self.samples = [
+            readable_images(files, SAMPLE_FILES) for files in (content_held or content_files, style_held or style_files)
+        ]
+        for image in (*self.samples[0], *self.samples[1]):
+            image.thumbnail((SAMPLE_SIZE, SAMPLE_SIZE))
 
         self.perceptual, kind = load_encoder(options.perceptual)
         self.model = self._build_model(kind)
         for module in (self.perceptual, self.model):
             module.to(options.device, memory_format=torch.channels_last)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, betas=(0.9, 0.999))
+        self.optimizer = self._new_optimizer()
+        self.style_start = 0 if options.weights else self.recipe.autoencode_steps  # step of the first style loss
         self.step = 0
         if options.resume:
             self._restore()
+        self.shares_encoder = same_tensors(self.model.encoder, self.perceptual)
 
     def _build_model(self, perceptual_kind: str) -> StyA2K:
         options = self.options
         if options.weights:
             model = load_model(options.weights, backend=options.backend)
             if model.config != CONFIGS[options.config]:
-                raise TrainingError(f"--weights {options.weights} is not a {options.config} network")
+                raise TrainingError(f"--weights {options.weights} is not a {options.config} network; give its --config")
             return model.train()
         model = StyA2K(CONFIGS[options.config], backend=options.backend)
         if options.config != "lite":
@@ -125,9 +136,18 @@ class Trainer:
             model.encoder.load_state_dict(self.perceptual.state_dict())
         return model
 
+    def _new_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.parameters, lr=self.recipe.lr, betas=(0.9, 0.999))
+
     def run(self) -> None:
         """Train to the last step, or until interrupted; either way the run can be resumed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trim_log(self.folder / "log.jsonl", self.step)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write to {self.folder}: {error.strerror or error}; choose another -o"
+            ) from error
         options, saved_at = self.options, time.monotonic()
         loader = make_loader(self.data, options.batch_size, options.workers, self.step * options.batch_size)
         progress = tqdm(loader, initial=self.step, total=options.steps, unit="step", dynamic_ncols=True)
@@ -150,11 +170,14 @@ class Trainer:
     def train_step(self, content: Tensor, style: Tensor) -> dict[str, float | int | None]:
         """One optimiser step on a batch (B, 3, crop, crop). Returns the log entry."""
         started = time.perf_counter()
-        lr = self.recipe.lr * learning_rate_factor(self.step, self.options.steps)
+        if self.step == self.style_start:  # the moments of the pixel loss are far too small for the style losses
+            self.optimizer = self._new_optimizer()
+        autoencoding = self.step < self.style_start
+        warm = self.step if autoencoding else self.step - self.style_start
+        lr = self.recipe.lr * learning_rate_factor(warm, self.step, self.options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         content, style = (x.to(self.options.device, memory_format=torch.channels_last) for x in (content, style))
-        autoencoding = self.step < self.recipe.autoencode_steps and not self.options.weights
         losses = self._pixel_loss(content) if autoencoding else self._style_losses(content, style)
         total = losses.pop("total")
         if not total.isfinite():
@@ -187,13 +210,13 @@ class Trainer:
             with torch.no_grad():
                 targets = self.perceptual(images)
             content_targets, style_targets = [x[:batch] for x in targets], [x[batch:] for x in targets]
-            if self.options.config == "lite":
-                features = self.model.encoder(images)
-            else:  # the network's own encoder is the perceptual one
-                features = targets
+            features = targets if self.shares_encoder else self.model.encoder(images)
             transformed = self.model.transform([x[:batch] for x in features], [x[batch:] for x in features])
             output = self.model.decoder(*transformed)
             output_features = self.perceptual(output)
+            if recipe.identity_weight:
+                own = [x[batch // 2 : batch // 2 + batch] for x in features]  # half photos, half paintings
+                identity = self.model.decoder(*self.model.transform(own, own))
         losses = {
             "global": global_style_loss(output_features, style_targets),
             "local": local_feature_loss(
@@ -204,6 +227,9 @@ class Trainer:
         if recipe.content_weight:
             losses["content"] = content_loss(output_features, content_targets)
             total = total + recipe.content_weight * losses["content"]
+        if recipe.identity_weight:
+            losses["identity"] = F.l1_loss(identity.float(), images[batch // 2 : batch // 2 + batch])
+            total = total + recipe.identity_weight * losses["identity"]
         return {**losses, "total": total}
 
     def save(self) -> None:
@@ -212,21 +238,21 @@ class Trainer:
         state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "model": self.model.state_dict()}
         write_atomically(self.state_file, lambda path: torch.save(state, path))
         (self.folder / "options.json").write_text(json.dumps(asdict(self.options), indent=2) + "\n")
-        write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.jpg")
+        write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.png")
         plot_losses(self.folder / "log.jsonl", self.folder / "loss.png")
 
     def _restore(self) -> None:
-        state = torch.load(self.state_file, map_location=self.options.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        state = read_file(self.state_file, "state")
+        if not {"model", "optimizer", "step"} <= state.keys():
+            raise TrainingError(f"{self.state_file} is not the state of a training; get the run's own file back")
+        load_strictly(self.model, state["model"], self.state_file)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
     @torch.no_grad()
     def sample_grid(self):
         """A contact sheet of the sample photos (rows) redrawn in the sample paintings (columns)."""
-        photos, paintings = (
-            [resize_short_side(read_image(path).rgb, SAMPLE_SIZE) for path in files] for files in self.sample_files
-        )
+        photos, paintings = self.samples
         self.model.eval()
         rows = []
         for photo in photos:
@@ -237,14 +263,36 @@ class Trainer:
         return contact_sheet(photos, paintings, rows)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int = 100, tail: float = 0.4) -> float:
-    """Linear warm-up, then constant, then linear to zero over the last `tail` of the steps."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, tail * steps))
+def check_numbers(options: TrainOptions) -> None:
+    """Raises TrainingError for a number out of range."""
+    if options.crop < 32 or options.crop % 16:
+        raise TrainingError(f"crop is {options.crop}; it must be a multiple of 16, at least 32")
+    for name, lowest in (("batch_size", 1), ("steps", 1), ("checkpoint_steps", 1), ("workers", 0), ("seed", 0)):
+        if getattr(options, name) < lowest:
+            raise TrainingError(f"{name} is {getattr(options, name)}; it must be at least {lowest}")
+
+
+def same_tensors(first: nn.Module, second: nn.Module) -> bool:
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def trim_log(log_file: Path, step: int) -> None:
+    """Keep one whole entry for every step up to that one: an interrupted run may have logged more than it saved."""
+    if log_file.exists():
+        lines = [line for line in log_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        entries = {json.loads(line)["step"]: line for line in lines}  # of a step logged twice, the later
+        kept = "".join(line for number, line in entries.items() if number <= step)
+        write_atomically(log_file, lambda path: Path(path).write_text(kept))
+
+
+def learning_rate_factor(phase_step: int, step: int, steps: int, warmup: int = 200, tail: float = 0.4) -> float:
+    """Linear warm-up at the start of each phase, then constant, then linear to zero over the last `tail` of all."""
+    return min(1.0, (phase_step + 1) / warmup, (steps - step) / max(1.0, tail * steps))
 
 
 def describe(entry: dict[str, float | int | None]) -> str:
-    names = ("pixel", "global", "local", "content")
-    return " ".join(f"{name} {entry[name]:.3g}" for name in names if entry.get(name) is not None)
+    return " ".join(f"{name} {entry[name]:.3g}" for name in LOSSES if entry.get(name) is not None)
 
 
 def plot_losses(log_file: Path, target: Path) -> None:
@@ -254,13 +302,14 @@ def plot_losses(log_file: Path, target: Path) -> None:
     entries = [json.loads(line) for line in log_file.read_text().splitlines()]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in ("pixel", "global", "local", "content"):
+    for name in LOSSES:
         points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, smooth(values), label=name)
     axes.set(xlabel="step", ylabel="loss (weight 1)", yscale="log", title="Running mean of 50 steps")
-    axes.legend()
+    if entries:
+        axes.legend()
     axes.grid(alpha=0.3)
     write_atomically(target, lambda path: figure.savefig(path, format="png", dpi=110))
 

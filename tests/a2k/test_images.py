@@ -706,9 +706,7 @@ def test_lossless_formats_round_trip(rng, tmp_path, suffix):
 def test_lossy_formats_come_close(tmp_path, suffix):
     ramp = Image.linear_gradient("L").convert("RGB")
     write_image(ramp, tmp_path / f"out{suffix}")
-    np.testing.assert_allclose(
-        np.asarray(read_image(tmp_path / f"out{suffix}").rgb, int), np.asarray(ramp), atol=8
-    )
+    np.testing.assert_allclose(np.asarray(read_image(tmp_path / f"out{suffix}").rgb, int), np.asarray(ramp), atol=8)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp"])
@@ -720,9 +718,7 @@ def test_alpha_is_kept_where_the_format_has_it(rng, tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".bmp", ".ppm", ".gif"])
 def test_alpha_is_dropped_elsewhere(tmp_path, suffix):
-    write_image(
-        Image.new("RGB", (16, 16), (90, 90, 90)), tmp_path / f"out{suffix}", alpha=Image.new("L", (16, 16))
-    )
+    write_image(Image.new("RGB", (16, 16), (90, 90, 90)), tmp_path / f"out{suffix}", alpha=Image.new("L", (16, 16)))
     picture = read_image(tmp_path / f"out{suffix}")
     assert picture.alpha is None
     np.testing.assert_allclose(picture.rgb.getpixel((5, 5)), (90, 90, 90), atol=2)
@@ -759,9 +755,7 @@ def test_other_qualities_are_refused(tmp_path, quality):
     one_line(caught, repr(quality), "1 to 100")
 
 
-@pytest.mark.parametrize(
-    ("format", "name"), [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("WebP", "WEBP")]
-)
+@pytest.mark.parametrize(("format", "name"), [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("WebP", "WEBP")])
 def test_format_of_a_stream(format, name):
     stream = io.BytesIO()
     write_image(Image.new("RGB", (4, 4)), stream, format=format)

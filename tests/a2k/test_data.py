@@ -1,0 +1,154 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import noise, picture, pictures
+
+from a2k.data import PairDataset, draw_image, make_loader, random_crop, readable_images, split_files
+from a2k.images import ImageError, find_images, to_tensor
+
+SIZE = {"width": 90, "height": 70}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Photos and paintings."""
+    return [find_images([pictures(tmp_path / name, 5, **SIZE)]) for name in ("content", "style")]
+
+
+def dataset(files, seed=0, crop=32, length=12):
+    return PairDataset(*files, crop, length, seed)
+
+
+# --- pairs
+
+
+def test_items(files):
+    data = dataset(files)
+    assert len(data) == 12
+    for item in range(12):
+        for crop in data[item]:
+            assert crop.shape == (3, 32, 32)
+            assert crop.dtype == torch.float32
+            assert 0 <= crop.min() <= crop.max() <= 1
+
+
+def test_an_item_depends_on_seed_and_place_alone(files):
+    first, again, other = dataset(files), dataset(files, length=100), dataset(files, seed=1)
+    again[3]
+    for item in (7, 2):
+        torch.testing.assert_close(first[item], again[item], rtol=0, atol=0)
+        assert not torch.equal(first[item][0], other[item][0])
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+def test_all_files_are_drawn(files):
+    seen = {crop.sum().item() for crop, _ in (dataset(files)[item] for item in range(12))}
+    assert len(seen) == 12
+    rng = np.random.default_rng(0)
+    assert len({draw_image(files[0], rng).tobytes() for _ in range(60)}) == 5
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_loader_goes_on_where_it_is_told(files, workers):
+    data = dataset(files)
+    batches = list(make_loader(data, 2, workers, first_item=4))
+    assert len(batches) == 4
+    for i, batch in enumerate(batches):
+        for k, images in enumerate(batch):
+            expected = torch.stack([data[item][k] for item in (4 + 2 * i, 5 + 2 * i)])
+            torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    assert list(make_loader(data, 2, 0, first_item=12)) == []
+
+
+# --- crops
+
+
+def test_crop_is_cut_from_the_resized_picture():
+    image = Image.fromarray(noise(120, 100))  # a short side of 2 * 25 is a half of it exactly
+    half = to_tensor(image.resize((60, 50), Image.Resampling.LANCZOS))[0]
+    windows = half.unfold(1, 25, 1).unfold(2, 25, 1)  # (3, 26, 36, 25, 25)
+    flips = set()
+    for seed in range(12):
+        crop = random_crop(image, 25, np.random.default_rng(seed))
+        errors = [(windows - x[:, None, None]).abs().amax((0, 3, 4)).min() for x in (crop, crop.flip(-1))]
+        assert min(errors) < 0.02
+        flips.add(bool(errors[0] < errors[1]))
+    assert flips == {True, False}
+
+
+def test_crops_are_everywhere():
+    ramp = np.indices((64, 96)).transpose(1, 2, 0).astype(np.uint8)
+    image = Image.fromarray(np.concatenate([ramp, ramp[..., :1]], 2))
+    crops = [random_crop(image, 32, np.random.default_rng(seed)) * 255 for seed in range(200)]
+    tops, lefts = ([int(x[channel].min().round()) for x in crops] for channel in (0, 1))
+    assert (min(tops), max(tops)) == (0, 32)
+    assert (min(lefts), max(lefts)) == (0, 64)
+
+
+@pytest.mark.parametrize("size", ((1, 1), (3, 1), (1, 100_000), (100_000, 1), (31, 32), (1000, 999)))
+def test_crop_of_any_size(size):
+    for seed in range(5):
+        crop = random_crop(Image.new("RGB", size, (255, 0, 51)), 48, np.random.default_rng(seed))
+        torch.testing.assert_close(crop, torch.tensor([1.0, 0, 0.2])[:, None, None].expand(3, 48, 48))
+
+
+# --- broken files
+
+
+def test_a_broken_picture_is_named_and_replaced(files):
+    files[1][2].write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="skipped: cannot read") as caught:
+        for item in range(12):
+            dataset(files)[item]
+    assert all(str(files[1][2]) in str(warning.message) for warning in caught)
+
+
+def test_nothing_but_broken_pictures(files):
+    for path in files[0]:
+        path.write_bytes(b"broken")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ImageError, match=r"100 pictures in a row could not be read, the last one .*content"):
+            dataset(files)[0]
+        with pytest.raises(ImageError, match=r"none of 5 pictures in .*content can be read; check the folder"):
+            readable_images(files[0], 2)
+
+
+def test_readable_images(files):
+    files[0][1].write_bytes(b"broken")
+    with pytest.warns(UserWarning, match=f"skipped: cannot read {files[0][1]}"):
+        images = readable_images(files[0], 2)
+    assert [image.tobytes() for image in images] == [Image.open(files[0][i]).tobytes() for i in (0, 2)]
+
+
+# --- splits
+
+
+def test_split(tmp_path):
+    folder = pictures(tmp_path, 5)
+    names = [[path.stem for path in part] for part in split_files(folder, 2)]
+    assert names == [["0", "1", "2"], ["3", "4"]]
+    assert [len(part) for part in split_files(folder, 0)] == [5, 0]
+
+
+@pytest.mark.parametrize(
+    ("holdout", "message"),
+    [
+        (5, "has 5 images, of which holdout=5 leaves none; lower it"),
+        (40, "has 5 images, of which holdout=40 leaves none; lower it"),
+        (-1, "holdout is -1; it must be at least 0"),
+    ],
+)
+def test_splits_that_cannot_be(tmp_path, holdout, message):
+    with pytest.raises(ImageError, match=message):
+        split_files(pictures(tmp_path, 5), holdout)
+
+
+def test_folder_that_is_missing(tmp_path):
+    with pytest.raises(ImageError, match="does not exist"):
+        split_files(tmp_path / "none", 0)
+    picture(tmp_path / "a.png")
+    assert split_files(tmp_path / "a.png", 0) == ([tmp_path / "a.png"], [])

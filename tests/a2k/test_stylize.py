@@ -1,0 +1,248 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import TINY, noise, picture, tiny_model
+
+from a2k import StyleTransfer
+from a2k.checkpoint import WeightsError, find_weights
+from a2k.images import ImageError
+from a2k.stylize import choose_device, choose_dtype
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="module")
+def transfer():
+    return StyleTransfer(tiny_model(), device="cpu")
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, int)
+
+
+def difference(first: Image.Image, second: Image.Image) -> float:
+    """Mean absolute difference in levels."""
+    return np.abs(pixels(first) - pixels(second)).mean()
+
+
+# --- the bundled model
+
+
+def test_bundled_model(tmp_path):
+    file = find_weights("a2k-lite")
+    assert file.stat().st_size <= 6e6
+    assert {x.dtype for x in load_file(file).values()} == {torch.float16}
+    transfer = StyleTransfer(device="cpu")
+    content = Image.fromarray(noise(65, 48))
+    outputs = [transfer.stylize(content, Image.fromarray(noise(64, 64, seed=seed))) for seed in (1, 2)]
+    assert {out.size for out in outputs} == {(65, 48)}
+    assert difference(*outputs) > 5
+    assert min(difference(out, content) for out in outputs) > 5
+    half = StyleTransfer(device="cpu", dtype="bfloat16").stylize(content, Image.fromarray(noise(64, 64, seed=1)))
+    assert difference(half, outputs[0]) < 5
+
+
+# --- what goes in
+
+
+def test_kinds_of_input_agree(transfer, photo, painting):
+    array = noise(40, 34, seed=1)
+    sources = (photo, str(photo), Image.fromarray(array), array, io.BytesIO(photo.read_bytes()))
+    outputs = [transfer.stylize(source, painting) for source in sources]
+    with open(photo, "rb") as file:
+        outputs.append(transfer.stylize(file, painting))
+    assert {(out.mode, out.size) for out in outputs} == {("RGB", (40, 34))}
+    assert {out.tobytes() for out in outputs} == {outputs[0].tobytes()}
+    style = noise(37, 50, seed=2)
+    assert transfer.stylize(array, style).tobytes() == outputs[0].tobytes()
+
+
+def test_is_the_network(transfer):
+    content, style = noise(40, 33), noise(35, 50, seed=1)
+    tensors = (torch.from_numpy(x.copy()).permute(2, 0, 1)[None] / 255 for x in (content, style))
+    with torch.no_grad():
+        expected = transfer.model(*tensors, 0.5).clamp(0, 1)[0].permute(1, 2, 0) * 255
+    out = transfer.stylize(content, style, strength=0.5)
+    np.testing.assert_allclose(np.asarray(out, float), expected, atol=0.51)
+
+
+@pytest.mark.parametrize("source", (None, 3, b"bytes", ["a.png"]))
+def test_other_kinds_of_input(transfer, source):
+    with pytest.raises(TypeError):
+        transfer.stylize(source, noise())
+
+
+@pytest.mark.parametrize("array", (noise().astype(np.float32), noise()[..., 0], noise(channels=4), noise()[:0]))
+def test_other_arrays(transfer, array):
+    with pytest.raises(ImageError):
+        transfer.stylize(array, noise())
+    with pytest.raises(ImageError):
+        transfer.stylize(noise(), array)
+
+
+@pytest.mark.parametrize("orientation", (3, 6))
+def test_orientation(transfer, tmp_path, painting, orientation):
+    stored = Image.fromarray(noise(48, 33))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    upright = stored.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}[orientation])
+    out = transfer.stylize(tmp_path / "turned.png", painting)
+    assert out.size == upright.size
+    assert out.tobytes() == transfer.stylize(upright, painting).tobytes()
+    assert ORIENTATION not in out.getexif()
+
+
+@pytest.mark.parametrize("size", ((1, 1), (1, 60), (60, 1), (17, 33)))
+def test_any_size(transfer, size):
+    assert transfer.stylize(noise(*size), noise(37, 34)).size == size
+    assert transfer.stylize(noise(37, 34), noise(*size)).size == (37, 34)
+
+
+# --- options
+
+
+def test_strength(transfer):
+    content, styles = noise(), [noise(seed=1), noise(seed=2)]
+    assert difference(*(transfer.stylize(content, style, strength=0) for style in styles)) == 0
+    assert difference(*(transfer.stylize(content, style) for style in styles)) > 1
+    default, full = transfer.stylize(content, styles[0]), transfer.stylize(content, styles[0], strength=1.0)
+    assert default.tobytes() == full.tobytes()
+
+
+@pytest.mark.parametrize("strength", (-0.1, 1.01, 2, float("nan"), float("inf")))
+def test_strengths_out_of_range(transfer, strength):
+    with pytest.raises(ValueError, match=f"strength is {strength}; it must be from 0 to 1"):
+        transfer.stylize(noise(), noise(), strength=strength)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, (48, 36)), (18, (24, 18)), (72, (96, 72)), (1, (1, 1))])
+def test_size(transfer, size, expected):
+    assert transfer.stylize(noise(48, 36), noise(), size=size).size == expected
+
+
+def test_style_size(transfer):
+    content, style = noise(), noise(80, 64, seed=1)
+    shrunk = Image.fromarray(style).resize((50, 40), Image.Resampling.LANCZOS)
+    out = transfer.stylize(content, style, style_size=40)
+    assert out.tobytes() == transfer.stylize(content, shrunk).tobytes()
+    assert out.size == (40, 34)
+
+
+@pytest.mark.parametrize("name", ("size", "style_size"))
+@pytest.mark.parametrize("size", (0, -5, 1.5, "64", True))
+def test_sizes_out_of_range(transfer, name, size):
+    with pytest.raises(ValueError, match=f"^{name} is {size!r}; give a whole number of pixels"):
+        transfer.stylize(noise(), noise(), **{name: size})
+
+
+def test_preserve_color(transfer):
+    content, style = Image.fromarray(noise()), noise(seed=1)
+    plain, kept = (transfer.stylize(content, style, preserve_color=keep) for keep in (False, True))
+    chroma = [pixels(image.convert("YCbCr"))[..., 1:] for image in (content, kept, plain)]
+    clipped = (pixels(kept) % 255 == 0).any(-1)
+    assert np.abs(chroma[0] - chroma[1])[~clipped].max() <= 2
+    assert np.abs(chroma[0] - chroma[2]).mean() > 10
+    luminance = [pixels(image.convert("L")) for image in (plain, kept)]
+    assert np.abs(luminance[0] - luminance[1])[~clipped].max() <= 2
+
+
+def test_alpha_is_carried_over(transfer):
+    content = noise(40, 34, channels=4)
+    image, style = Image.fromarray(content), noise(seed=1)
+    out = transfer.stylize(image, style)
+    assert out.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(out.getchannel("A")), content[..., 3])
+    assert transfer.stylize(image, style, size=20, preserve_color=True).getchannel("A").size == (24, 20)
+    opaque = transfer.stylize(content[..., :3], style)
+    assert out.convert("RGB").tobytes() == opaque.tobytes()
+
+
+def test_alpha_of_the_style_is_ignored(transfer):
+    assert transfer.stylize(noise(), Image.fromarray(noise(channels=4))).mode == "RGB"
+
+
+# --- limits
+
+
+def test_max_pixels(tmp_path, painting):
+    transfer = StyleTransfer(tiny_model(), device="cpu", max_pixels=40 * 50)
+    assert transfer.stylize(noise(40, 50), painting).size == (40, 50)
+    with pytest.raises(ImageError, match=r"51x40, 2040 pixels, over the limit of 2000"):
+        transfer.stylize(noise(51, 40), painting)
+    with pytest.raises(ImageError, match="over the limit of 2000"):
+        transfer.stylize(noise(), picture(tmp_path / "big.png", 51, 40))
+    for name in ("size", "style_size"):
+        with pytest.raises(ImageError, match=f"^{name}=60 makes a picture of .* over the limit of 2000"):
+            transfer.stylize(noise(20, 20), noise(20, 20), **{name: 60})
+
+
+def test_a_long_picture_is_not_blown_up(transfer):
+    with pytest.raises(ImageError, match="size=400 makes a picture of 480000000 pixels"):
+        transfer.stylize(noise(1, 3000), noise(), size=400)
+
+
+# --- the network
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_dtype(dtype, transfer):
+    half = StyleTransfer(tiny_model(), device="cpu", dtype=dtype)
+    assert {p.dtype for p in half.model.parameters()} == {getattr(torch, dtype)}
+    content, style = noise(), noise(seed=1)
+    assert difference(half.stylize(content, style), transfer.stylize(content, style)) < 3
+
+
+@pytest.mark.parametrize("dtype", ("float64", "int8", "nonsense", ""))
+def test_unknown_dtype(dtype):
+    with pytest.raises(ValueError, match=f"dtype is {dtype!r}; choose one of float32, float16, bfloat16"):
+        StyleTransfer(tiny_model(), dtype=dtype)
+    assert choose_dtype(None) == torch.float32
+
+
+@pytest.mark.parametrize("device", ("nonsense", "", "cpu:x", "meta", "mps", "hpu", "privateuseone"))
+def test_devices_that_cannot_be_had(device):
+    with pytest.raises(ValueError) as caught:
+        StyleTransfer(tiny_model(), device=device)
+    message = str(caught.value)
+    assert message.startswith(f"device {device!r} cannot be used (")
+    assert message.endswith("); choose 'auto' or 'cpu'")
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu():
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'cuda:1' cannot be used"):
+        choose_device("cuda:1")
+
+
+def test_backend(tiny_file):
+    for backend in ("torch", "reference", None):
+        assert StyleTransfer(tiny_file, device="cpu", backend=backend).model.a2k4.backend == backend
+    with pytest.raises(ValueError, match="backend is 'nonsense'"):
+        StyleTransfer(tiny_file, device="cpu", backend="nonsense").stylize(noise(), noise())
+
+
+def test_network_is_ready_for_inference(tiny_file):
+    model = StyleTransfer(tiny_file).model
+    assert not model.training
+    assert model.config == TINY
+    assert model.decoder.merge.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_missing_weights(tmp_path):
+    with pytest.raises(WeightsError, match="neither a file nor a bundled model"):
+        StyleTransfer(tmp_path / "none.safetensors")
+
+
+def test_nan_in_the_weights(photo, painting):
+    model = tiny_model()
+    torch.nn.init.constant_(model.decoder.conv1_1.bias, float("nan"))
+    with pytest.raises(ImageError, match="the result contains NaN"):
+        StyleTransfer(model).stylize(photo, painting)

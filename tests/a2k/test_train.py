@@ -1,0 +1,491 @@
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY, files, pictures, refusal, tiny_model
+
+import a2k.train
+from a2k.checkpoint import WeightsError, load_encoder, load_model, save_model
+from a2k.cli import main
+from a2k.images import ImageError
+from a2k.model import CONFIGS
+from a2k.train import (
+    RECIPES,
+    Recipe,
+    Trainer,
+    TrainingError,
+    TrainOptions,
+    learning_rate_factor,
+    plot_losses,
+    smooth,
+    trim_log,
+)
+
+KEYS = {"step", "global", "local", "lr", "seconds"}
+RECIPE = replace(RECIPES["lite"], autoencode_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tiny_vgg, vgg16_file):
+    """Tiny networks, and no plots."""
+    monkeypatch.setitem(CONFIGS, "lite", TINY)
+    monkeypatch.setitem(CONFIGS, "vgg16", replace(TINY, encoder="vgg16", residual="content"))
+
+    def load(path):
+        return (tiny_vgg, "vgg16") if path == str(vgg16_file) else load_encoder(path)
+
+    monkeypatch.setattr(a2k.train, "load_encoder", load)
+    monkeypatch.setattr(a2k.train, "plot_losses", lambda log, target: target.touch())
+
+
+@pytest.fixture
+def options(tmp_path, vgg16_file) -> TrainOptions:
+    """Four steps, of which the first one copies the photo."""
+    return TrainOptions(
+        content_dir=str(pictures(tmp_path / "content", 5, width=50)),
+        style_dir=str(pictures(tmp_path / "style", 5, height=40)),
+        perceptual=str(vgg16_file),
+        output=str(tmp_path / "run"),
+        recipe=RECIPE,
+        crop=32,
+        batch_size=2,
+        steps=4,
+        holdout=2,
+        workers=0,
+    )
+
+
+@pytest.fixture
+def command(options):
+    return [
+        *("train", "--content-dir", options.content_dir, "--style-dir", options.style_dir),
+        *("--perceptual", options.perceptual, "-o", options.output, "--crop", 32, "--batch-size", 2, "--steps", 3),
+        *("--autoencode-steps", 1, "--holdout", 2, "--workers", 0),
+    ]
+
+
+def log_of(run: Path | str) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def tensors_of(run: Path | str) -> dict[str, torch.Tensor]:
+    return load_model(Path(run) / "weights.safetensors").state_dict()
+
+
+def stop_after(trainer: Trainer, steps: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """Have the training interrupted before the step after that one."""
+    train_step = trainer.train_step
+
+    def step(*batch):
+        if trainer.step == steps:
+            raise error("stopped by the test")
+        return train_step(*batch)
+
+    trainer.train_step = step
+
+
+# --- a run
+
+
+def test_command(capsys, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(a2k.train, "load_encoder", load_encoder)
+    monkeypatch.setattr(a2k.train, "plot_losses", plot_losses)
+    assert main([str(x) for x in (*command, "--checkpoint-steps", 2)]) == 0
+    run = tmp_path / "run"
+    captured = capsys.readouterr()
+    assert captured.out == f"{run / 'weights.safetensors'}  step 3\n"
+    assert "warning" not in captured.err.lower()
+    samples = ["samples/step_000002.png", "samples/step_000003.png"]
+    assert files(run) == sorted(["log.jsonl", "loss.png", "options.json", "state.pt", "weights.safetensors", *samples])
+    assert load_model(run / "weights.safetensors").config == TINY
+    Image.open(run / "loss.png").verify()
+    grid = Image.open(run / samples[0])
+    assert grid.width == grid.height == 3 * 192 + 4 * 6  # two held-out photos and paintings and a margin
+    assert json.loads((run / "options.json").read_text())["recipe"]["autoencode_steps"] == 1
+
+    log = log_of(run)
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert all(set(entry) >= KEYS for entry in log)
+    assert log[0]["pixel"] > 0
+    assert log[0]["global"] is log[0]["local"] is None
+    for entry in log[1:]:
+        assert "pixel" not in entry
+        assert min(entry["global"], entry["local"], entry["seconds"], entry["lr"]) > 0
+
+
+def test_options_of_the_command(monkeypatch, command):
+    given = []
+    monkeypatch.setattr(a2k.train, "main", given.append)
+    options = ("--lr", 0.5, "--global-weight", 1, "--local-weight", 2, "--content-weight", 3, "--keys", "cumulative")
+    assert main([str(x) for x in (*command, *options, "--seed", 7, "--dtype", "bfloat16", "--device", "cpu")]) == 0
+    assert main([str(x) for x in command[:9]]) == 0
+    first, default = given
+    recipe = first.recipe
+    assert (recipe.lr, recipe.global_weight, recipe.local_weight, recipe.content_weight) == (0.5, 1, 2, 3)
+    assert (recipe.keys, recipe.autoencode_steps, first.seed, first.dtype) == ("cumulative", 1, 7, "bfloat16")
+    assert (default.recipe, default.crop, default.batch_size) == (RECIPES["lite"], 256, 8)
+    assert (default.holdout, default.workers, default.resume, default.weights) == (40, 1, False, None)
+
+
+def test_published_recipe():
+    for kind in ("vgg19", "vgg16"):
+        assert RECIPES[kind] == Recipe(lr=2e-4, global_weight=10, local_weight=1.25, content_weight=0)
+        assert (RECIPES[kind].keys, RECIPES[kind].autoencode_steps) == ("cumulative", 0)
+
+
+def test_seed(options):
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = Trainer(replace(options, output=options.output + name, seed=seed, steps=1))
+        trainer.run()
+        runs.append(trainer.model.state_dict())
+    for name, x in runs[0].items():
+        torch.testing.assert_close(x, runs[1][name], rtol=0, atol=0)
+    assert not torch.equal(runs[0]["decoder.conv1_1.weight"], runs[2]["decoder.conv1_1.weight"])
+
+
+def test_bfloat16(options):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(replace(options, output=options.output + dtype, dtype=dtype))
+        trainer.run()
+        losses.append([entry["global"] for entry in log_of(trainer.folder)[1:]])
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [(replace(RECIPE, content_weight=1.0), {"content"}), (replace(RECIPE, content_weight=0.0), set())],
+)
+def test_content_loss_only_where_it_counts(options, recipe, names):
+    Trainer(replace(options, recipe=recipe, steps=2)).run()
+    assert set(log_of(options.output)[1]) & {"content"} == names
+
+
+def test_autoencoding_learns(options):
+    recipe = replace(RECIPE, autoencode_steps=10**6, lr=1e-2)
+    trainer = Trainer(replace(options, recipe=recipe, steps=400))
+    batches = [torch.stack([trainer.data[i][0], trainer.data[i + 1][0]]) for i in range(0, 8, 2)]
+    trainer.step = 200  # past the warm-up
+    losses = [trainer.train_step(batches[i % 4], batches[i % 4])["pixel"] for i in range(25)]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+
+
+def test_style_losses_learn(options):
+    trainer = Trainer(replace(options, recipe=replace(RECIPE, autoencode_steps=0, lr=1e-2), steps=1000))
+    content, style = (torch.stack(images) for images in zip(*(trainer.data[i] for i in range(2)), strict=True))
+    trainer.train_step(content, style)
+    trainer.step = 300  # past the warm-up
+    losses = [trainer.train_step(content, style)["global"] for _ in range(25)]
+    assert min(losses[-4:]) < 0.7 * losses[0]
+
+
+def test_autoencoding_leaves_the_attention_alone(options):
+    trainer = Trainer(replace(options, steps=1))
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    trainer.run()
+    changed = {name.split(".")[0] for name, x in trainer.model.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {"encoder", "decoder"}
+
+
+# --- going on
+
+
+def test_resume_is_as_if_never_stopped(options):
+    whole = Trainer(options)
+    whole.run()
+    split = replace(options, output=options.output + "2")
+    trainer = Trainer(split)
+    stop_after(trainer, 2)
+    trainer.run()
+    assert trainer.step == 2
+    assert [entry["step"] for entry in log_of(split.output)] == [1, 2]
+    resumed = Trainer(replace(split, resume=True))
+    assert resumed.step == 2
+    resumed.run()
+    logs = [log_of(run) for run in (options.output, split.output)]
+    for entry, expected in zip(*logs, strict=True):
+        assert entry | {"seconds": 0} == expected | {"seconds": 0}
+    for name, x in tensors_of(options.output).items():
+        torch.testing.assert_close(tensors_of(split.output)[name], x, rtol=0, atol=0)
+
+
+def test_resume_after_a_crash_logs_every_step_once(options):
+    trainer = Trainer(replace(options, checkpoint_steps=2))
+    stop_after(trainer, 3, RuntimeError)
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        trainer.run()
+    with open(Path(options.output) / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "glo')
+    Trainer(replace(options, resume=True)).run()
+    assert [entry["step"] for entry in log_of(options.output)] == [1, 2, 3, 4]
+
+
+def test_a_log_without_a_checkpoint_is_begun_anew(options):
+    trainer = Trainer(options)
+    stop_after(trainer, 1, RuntimeError)
+    with pytest.raises(RuntimeError):
+        trainer.run()
+    Trainer(options).run()
+    assert [entry["step"] for entry in log_of(options.output)] == [1, 2, 3, 4]
+
+
+def test_resume_of_a_finished_run(capsys, command, tmp_path):
+    command = [str(x) for x in command]
+    assert main(command) == 0
+    before = tensors_of(tmp_path / "run")
+    assert main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out.count("step 3\n") == 2
+    torch.testing.assert_close(tensors_of(tmp_path / "run"), before, rtol=0, atol=0)
+    assert main([*command, "--resume", "--steps", "4"]) == 0
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_run_is_not_overwritten(capsys, command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pt").write_bytes(b"earlier")
+    message = refusal(capsys, *command)
+    assert f"{tmp_path / 'run'} holds a run already; go on with --resume or give another -o" in message
+    assert files(tmp_path / "run") == ["state.pt"]
+
+
+def test_no_run_to_resume(capsys, command, tmp_path):
+    assert f"{tmp_path / 'run'} holds no run to resume; leave out --resume" in refusal(capsys, *command, "--resume")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (b"", "state.pt is not a whole weights file (EOFError)"),
+        (b"a text of some length", "state.pt is not a whole weights file"),
+        ({"step": 3}, "state.pt is not the state of a training"),
+        ([1], "state.pt holds a list"),
+        ({"step": 3, "optimizer": {}, "model": {"x": torch.zeros(1)}}, "state.pt does not fit a StyA2K: it lacks"),
+    ],
+    ids=str,
+)
+def test_bad_state(capsys, command, tmp_path, state, message):
+    path = tmp_path / "run" / "state.pt"
+    path.parent.mkdir()
+    path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
+    assert message in refusal(capsys, *command, "--resume")
+    assert files(tmp_path / "run") == ["state.pt"]
+
+
+def test_a_checkpoint_is_whole_or_the_earlier_one(options, monkeypatch):
+    trainer = Trainer(options)
+    trainer.run()
+    before = (trainer.state_file.read_bytes(), tensors_of(options.output))
+
+    def fail(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"cannot write .*state\.pt: No space left on device"):
+        trainer.save()
+    assert trainer.state_file.read_bytes() == before[0]
+    torch.testing.assert_close(tensors_of(options.output), before[1], rtol=0, atol=0)
+    assert not [name for name in files(Path(options.output)) if name.startswith(".")]
+
+
+# --- networks
+
+
+def test_vgg_trains_all_but_its_encoder(options, tiny_vgg):
+    trainer = Trainer(replace(options, config="vgg16", recipe=RECIPES["vgg16"], steps=2))
+    assert trainer.shares_encoder
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    trainer.run()
+    after = tensors_of(options.output)
+    for name, x in tiny_vgg.state_dict().items():
+        torch.testing.assert_close(after[f"encoder.{name}"], x, rtol=0, atol=0)
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"a2k3", "a2k4", "a2k5", "decoder"}
+    learning = {id(p) for p in trainer.optimizer.param_groups[0]["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        assert (id(parameter) in learning) != name.startswith("encoder.")
+    entry = log_of(options.output)[0]
+    assert entry["global"] > 0
+    assert "pixel" not in entry
+
+
+def test_network_of_another_encoder_than_the_perceptual_one(options):
+    """Weights may bring an encoder of their own; its features are used and not the perceptual ones."""
+    save_model(tiny_model(CONFIGS["vgg16"]), Path(options.output + ".safetensors"))
+    options = replace(options, config="vgg16", weights=options.output + ".safetensors", recipe=RECIPES["vgg16"])
+    trainer = Trainer(options)
+    assert not trainer.shares_encoder
+    calls = []
+    trainer.model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    assert trainer.train_step(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))["global"] > 0
+    assert calls
+
+
+def test_config_unlike_the_perceptual_network(capsys, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "vgg19", replace(TINY, encoder="vgg19"))
+    message = refusal(capsys, *command, "--config", "vgg19")
+    assert re.search(r"--config vgg19 needs a vgg19 file as --perceptual, but .*vgg16\.safetensors is vgg16", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_start_from_weights(options, tiny_file):
+    recipe = replace(RECIPES["lite"], autoencode_steps=100)
+    trainer = Trainer(replace(options, weights=str(tiny_file), recipe=recipe, steps=1))
+    for name, x in load_model(tiny_file).state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], x, rtol=0, atol=0)
+    trainer.run()
+    assert log_of(options.output)[0]["global"] > 0  # no need to learn to copy
+
+
+def test_weights_of_another_config(capsys, command, tmp_path):
+    save_model(tiny_model(replace(TINY, num_heads=4)), tmp_path / "w.safetensors")
+    message = refusal(capsys, *command, "--weights", tmp_path / "w.safetensors")
+    assert f"--weights {tmp_path / 'w.safetensors'} is not a lite network" in message
+    assert "none.safetensors' are neither a file" in refusal(capsys, *command, "--weights", "none.safetensors")
+
+
+# --- bad input
+
+
+def test_a_broken_picture_is_named(options):
+    broken = [Path(folder) / "1.png" for folder in (options.content_dir, options.style_dir)]
+    for path in broken:
+        path.write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        Trainer(options).run()
+    messages = {str(warning.message) for warning in caught}
+    assert all(any(f"skipped: cannot read {path}: " in message for message in messages) for path in broken)
+    assert len(log_of(options.output)) == 4
+
+
+def test_a_broken_picture_among_the_samples(options):
+    broken = Path(options.content_dir) / "3.png"  # the first one held back
+    broken.write_bytes(b"broken")
+    with pytest.warns(UserWarning, match=f"skipped: cannot read {broken}"):
+        trainer = Trainer(options)
+    assert [len(images) for images in trainer.samples] == [1, 2]
+    assert trainer.sample_grid().size == (3 * 192 + 4 * 6, 2 * 192 + 3 * 6)
+
+
+def test_nothing_but_broken_pictures(capsys, command, tmp_path):
+    for path in (tmp_path / "content").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="skipped"):
+        assert "100 pictures in a row could not be read" in refusal(capsys, *command)
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_and_tiny_pictures(options):
+    for path, size in (("content/0.png", (1, 5000)), ("content/4.png", (5000, 1)), ("style/4.png", (1, 1))):
+        Image.new("RGB", size).save(Path(options.content_dir).parent / path)
+    trainer = Trainer(options)
+    assert [image.size for image in trainer.samples[0]] == [(50, 34), (a2k.train.SAMPLE_SIZE, 1)]
+    trainer.run()
+    assert len(log_of(options.output)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--crop", 40), "crop is 40; it must be a multiple of 16, at least 32"),
+        (("--crop", 16), "crop is 16; it must be"),
+        (("--crop", -32), "crop is -32; it must be"),
+        (("--batch-size", 0), "batch_size is 0; it must be at least 1"),
+        (("--steps", 0), "steps is 0; it must be at least 1"),
+        (("--checkpoint-steps", 0), "checkpoint_steps is 0; it must be at least 1"),
+        (("--workers", -1), "workers is -1; it must be at least 0"),
+        (("--seed", -1), "seed is -1; it must be at least 0"),
+        (("--lr", -1), "earning rate"),
+        (("--holdout", 5), "has 5 images, of which holdout=5 leaves none; lower it"),
+        (("--holdout", -1), "holdout is -1; it must be at least 0"),
+        (("--content-dir", "none"), "none does not exist"),
+        (("--perceptual", "none"), "none does not exist"),
+        (("--device", "nonsense"), "device 'nonsense' cannot be used"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(capsys, command, tmp_path, change, message):
+    assert message in refusal(capsys, *command, *change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_network_as_the_perceptual_one(capsys, command, tiny_file):
+    assert "is not a VGG encoder file" in refusal(capsys, *command, "--perceptual", tiny_file)
+
+
+@pytest.mark.parametrize("name", ("file", "file/run"))
+def test_unwritable_run(capsys, command, tmp_path, name):
+    (tmp_path / "file").write_text("earlier")
+    message = refusal(capsys, *command, "-o", tmp_path / name)
+    assert f"cannot write to {tmp_path / name}: " in message
+    assert message.endswith("; choose another -o\n")
+    assert (tmp_path / "file").read_text() == "earlier"
+
+
+def test_a_loss_that_is_nan_stops_the_run(options):
+    Trainer(replace(options, steps=2)).run()
+    before = tensors_of(options.output)
+    trainer = Trainer(replace(options, resume=True))
+    torch.nn.init.constant_(trainer.model.decoder.conv1_1.bias, float("nan"))
+    with pytest.raises(TrainingError, match="the loss is nan at step 3; lower --lr and --resume"):
+        trainer.run()
+    torch.testing.assert_close(tensors_of(options.output), before, rtol=0, atol=0)
+
+
+def test_without_matplotlib(capsys, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "training plots its losses with matplotlib; pip install 'a2k[train]'" in refusal(capsys, *command)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_of_three_kinds(options):
+    for change, error in (
+        ({"crop": 0}, TrainingError),
+        ({"holdout": 9}, ImageError),
+        ({"perceptual": "none"}, WeightsError),
+    ):
+        with pytest.raises(error):
+            Trainer(replace(options, **change))
+
+
+# --- small parts
+
+
+def test_learning_rate():
+    factors = [learning_rate_factor(step, step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 200)
+    assert factors[199] == factors[500] == factors[600] == 1
+    assert factors[800] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 0.01
+    assert learning_rate_factor(0, 500, 1000) == pytest.approx(1 / 200)  # a phase warms up anew
+    assert all(0 < learning_rate_factor(step, step, 1) <= 1 for step in (0,))
+
+
+def test_smooth():
+    assert smooth((1.0, 3.0, 5.0, 7.0), window=2) == [1, 2, 4, 6]
+    assert smooth(()) == []
+
+
+def test_trim_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    trim_log(log, 3)
+    assert not log.exists()
+    entries = [f'{{"step": {step}, "lr": {lr}}}\n' for step, lr in ((1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (4, 1))]
+    log.write_text("".join(entries) + '{"st')
+    trim_log(log, 3)
+    assert log.read_text() == "".join(entries[i] for i in (0, 3, 4))
+
+
+def test_plot_of_nothing(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    plot_losses(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    Image.open(tmp_path / "loss.png").verify()
