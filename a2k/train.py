@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,7 +185,7 @@ class Trainer:
             raise TrainingError(f"the loss is {total.item()} at step {self.step + 1}; lower --lr and --resume")
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip, error_if_nonfinite=True)
         self.optimizer.step()
         self.step += 1
         values = {name: round(loss.item(), 6) for name, loss in losses.items()}
@@ -327,6 +328,8 @@ def main(options: TrainOptions) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise TrainingError("training plots its losses with matplotlib; pip install 'a2k[train]'") from None
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had the process ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     trainer = Trainer(options)
     trainer.run()
     print(f"{trainer.folder / 'weights.safetensors'}  step {trainer.step}")

@@ -92,8 +92,8 @@ def best_split_kernel(score_ptr, index_ptr, out_ptr, count, SPLITS: tl.constexpr
     best = tl.load(score_ptr + place, mask=inside)
     best_index = tl.load(index_ptr + place, mask=inside)
     for split in range(1, SPLITS):
-        score = tl.load(score_ptr + split.to(tl.int64) * count + place, mask=inside)
-        index = tl.load(index_ptr + split.to(tl.int64) * count + place, mask=inside)
+        score = tl.load(score_ptr + split * count + place, mask=inside)
+        index = tl.load(index_ptr + split * count + place, mask=inside)
         better = (replaces(score, best) | (best_index == NO_INDEX)) & (index != NO_INDEX)
         best = tl.where(better, score, best)
         best_index = tl.where(better, index, best_index)

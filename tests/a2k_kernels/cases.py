@@ -48,7 +48,7 @@ def arrange(x: Tensor, layout: str) -> Tensor:
     B, C, H, W = x.shape
     memory_format = torch.channels_last if layout.endswith("channels_last") else torch.contiguous_format
     if layout in ("contiguous", "channels_last"):
-        return torch.empty(x.shape, dtype=x.dtype, memory_format=memory_format).copy_(x)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(x)
     if layout.startswith("sliced"):
         wider = F.pad(x, (0, 0, 0, 0, 1, 2), value=float("nan"))
         return wider.contiguous(memory_format=memory_format)[:, 1 : C + 1]
@@ -116,11 +116,12 @@ def make_case(
     scale: float = 1.0,
     scalar_shape: tuple[int, ...] = (),
     seed: int = 0,
+    device: str = "cpu",
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     shapes = ((heads * d_k, *query_size), (heads * d_k, *key_size), (heads * d_v, *key_size))
     tensors = {
@@ -133,7 +134,7 @@ def make_case(
         key_rows, key_cols = count_blocks(key_size, block_size)
         tensors["index"] = torch.randint(
             key_rows * key_cols, (batch, heads, rows * cols), generator=generator, dtype=torch.int32
-        )
+        ).to(device)
     options = {"block_size": block_size, "num_heads": heads}
     if operation in ("block_aggregate", "distributed_attention"):
         scalars = torch.float64 if dtype == torch.float64 else torch.float32
@@ -175,6 +176,62 @@ def random_case(seed: int) -> Case:
     )
 
 
+HEAD_DIMS = ((24, 16), (56, 32), (120, 64), (184, 64), (24, 24), (48, 48), (32, 32), (64, 64))
+
+
+def random_blocks_case(seed: int, device: str, seconds: float) -> Case:
+    """Any block size, head dimensions, dtype, layout and operation on up to 3 x 3 blocks, most of them cut.
+
+    Drawn again until Triton's interpreter should take at most that long.
+    """
+    rng = random.Random(seed)
+    operation = rng.choice(OPERATIONS)
+
+    def size() -> tuple[int, int]:
+        return tuple(block_size * rng.randint(0, 2) + rng.randint(1, block_size) for _ in range(2))
+
+    while True:
+        block_size = rng.randint(1, 16)
+        d_k, d_v = rng.choice(HEAD_DIMS) if rng.random() < 0.5 else (round(256 ** rng.random()) for _ in range(2))
+        geometry = {
+            "batch": rng.choice((1, 1, 1, 2)),
+            "heads": rng.choice((1, 1, 2, 2, 3)),
+            "block_size": block_size,
+            "d_k": d_k,
+            "d_v": d_v,
+            "query_size": size(),
+            "key_size": size(),
+        }
+        if interpreter_seconds(operation, **geometry) < seconds:
+            break
+    return make_case(
+        operation,
+        **geometry,
+        layouts=tuple(rng.choices(LAYOUTS, k=3)),
+        dtype=rng.choice((torch.float32, torch.float32, torch.float32, torch.float16, torch.bfloat16)),
+        scale=rng.choice((1.0 if d_k <= 16 else 0.1, d_k**-0.5, -0.1)),
+        scalar_shape=rng.choice(((), (1,))),
+        seed=seed,
+        device=device,
+    )
+
+
+def interpreter_seconds(operation, *, batch, heads, block_size, d_k, d_v, query_size, key_size) -> float:
+    """About the time of a forward and backward pass: programs and iterations, times what was seen of each."""
+    n_q, n_k = (rows * cols for rows, cols in (count_blocks(s, block_size) for s in (query_size, key_size)))
+    points, chunks = block_size**2, -(-d_k // 64) + -(-d_v // 64)
+    matching = 0.017 * points * -(-d_k // 32)
+    attention = 0.03 * (n_q * max(1, points / 32) * (1 + chunks) + n_k) * (1 + chunks / 4)
+    seconds = {
+        "block_aggregate": 0.025 * n_k * chunks,
+        "distributed_attention": 0.03 * (n_k * chunks + n_q * points / 16),
+        "block_match": matching,
+        "block_attention": attention,
+        "progressive_attention": matching + attention,
+    }
+    return batch * heads * seconds[operation]
+
+
 def work(*, batch, heads, block_size, d_k, d_v, query_size, key_size) -> int:
     """Elements of the maps, filled up to whole blocks, and of the scores of distributed attention."""
     n_q, n_k = (rows * cols for rows, cols in (count_blocks(s, block_size) for s in (query_size, key_size)))
@@ -182,13 +239,13 @@ def work(*, batch, heads, block_size, d_k, d_v, query_size, key_size) -> int:
     return batch * heads * points * (n_q * (d_k + n_k + points) + n_k * (d_k + d_v))
 
 
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """No error above tolerance times the largest expected value (or 1, whichever is larger)."""
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str, least_scale: float = 1.0) -> None:
+    """No error above tolerance times the largest expected value (or least_scale, whichever is larger)."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     if not expected.numel():
         return
     error = (actual.detach().double() - expected.detach().double()).abs().max().item()
-    limit = tolerance * max(1.0, expected.detach().abs().max().item())
+    limit = tolerance * max(least_scale, expected.detach().abs().max().item())
     assert error <= limit, f"{name}: error {error:.3g}, allowed {limit:.3g}"
 
 

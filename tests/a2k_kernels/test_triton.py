@@ -1,0 +1,607 @@
+"""The Triton backend gives the reference's results: outputs and gradients, over everything its kernels take.
+
+Without a GPU they run in Triton's interpreter (conftest.py). Uninitialised memory is NaN in all of these tests.
+"""
+
+import random
+
+import pytest
+import torch
+from cases import (
+    DIFFERENTIABLE,
+    HEAD_DIMS,
+    INPUTS,
+    LAYOUTS,
+    OPERATIONS,
+    Case,
+    arrange,
+    assert_matches,
+    assert_near,
+    fresh_seeds,
+    make_case,
+    random_blocks_case,
+)
+from torch import Tensor
+
+import a2k_kernels
+from a2k_kernels import reference
+
+pytest.importorskip("triton")
+
+from a2k_kernels import ops
+from a2k_kernels.blocks import count_blocks, split_blocks
+from a2k_kernels.triton import block_aggregate, block_attention, block_match, configs, distributed_attention
+from a2k_kernels.triton.tiles import is_large
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ONE_TILE = {"d_k": 3, "d_v": 5}  # block_attention's backward in one kernel
+MANY_TILES = {"d_k": 70, "d_v": 20}  # and in three
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New uninitialised tensors hold NaN, or the largest integer: an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    if DEVICE == "cuda":
+        yield
+        return
+    import interpreter_fixes  # needs Triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter_fixes.install(patch)
+        yield
+
+
+def test_memory_is_poisoned():
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    assert torch.ones(3, device=DEVICE).new_empty(3).isnan().all()
+    assert torch.empty(3, dtype=torch.int32, device=DEVICE).eq(2**31 - 1).all()
+
+
+def random_upstream(outs: tuple[Tensor, ...], layout: str) -> list[Tensor]:
+    return [arrange(torch.randn(x.shape, device=x.device).to(x.dtype), layout) for x in outs]
+
+
+def gradients(case: Case, outs: tuple[Tensor, ...], upstream: list[Tensor]) -> dict[str, Tensor]:
+    inputs = case.differentiable()
+    upstream = [x.to(out.dtype) for x, out in zip(upstream, outs, strict=True)]
+    return dict(zip(inputs, torch.autograd.grad(outs, inputs.values(), upstream), strict=True))
+
+
+def at_index(case: Case, index: Tensor) -> Case:
+    """The block_attention that a progressive_attention becomes once its index is known."""
+    options = {name: x for name, x in case.options.items() if name != "return_index"}
+    return Case("block_attention", case.tensors | {"index": index}, options)
+
+
+def run_operation_by_operation(case: Case, upstream: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Results of the reference when each of its operations rounds to the dtype of the inputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "at_least_float32", lambda *tensors: tensors)
+        outs = case.run("reference")
+        return outs, gradients(case, outs, upstream)
+
+
+def distance(actual: Tensor, exact: Tensor) -> float:
+    return (actual.detach().double() - exact.detach()).norm().item()
+
+
+def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    """At most twice the error of the formulas run in that dtype, or of the exact result rounded to it."""
+    allowed = 2 * max(distance(plain, exact), distance(exact.to(actual.dtype), exact))
+    assert distance(actual, exact) <= allowed + 1e-6, f"{name}: {distance(actual, exact):.3g}, allowed {allowed:.3g}"
+
+
+def assert_equals_reference(case: Case, upstream_layout: str = "contiguous") -> None:
+    """Outputs and gradients against the reference in float64 at the same index; and their strides and dtypes."""
+    outs, exact = case.run("triton"), case.converted(torch.float64)
+    if case.operation == "block_match":
+        return assert_matches(case, *outs)
+    if case.operation == "progressive_attention":
+        *outs, index = outs
+        assert_matches(case, index)
+        case, exact = at_index(case, index), at_index(exact, index)
+    upstream = random_upstream(outs, upstream_layout)
+    grads, expected = gradients(case, outs, upstream), exact.run("reference")
+    expected_grads = gradients(exact, expected, upstream)
+    assert_layouts(case, outs, grads)
+    dtype = case.tensors["key"].dtype
+    if dtype == torch.float32:
+        for out, expected_out in zip(outs, expected, strict=True):
+            assert_near(out, expected_out, 1e-5, "output", 0.1)
+        for name, grad in grads.items():
+            scalar = name in ("alpha", "beta")
+            assert_near(grad, expected_grads[name], 2e-5, f"gradient of {name}", 1.0 if scalar else 0.1)
+        return
+    plain, plain_grads = run_operation_by_operation(case, upstream)
+    for out, plain_out, expected_out in zip(outs, plain, expected, strict=True):
+        assert_as_accurate(out, plain_out, expected_out, "output")
+    for name in grads:
+        if name not in ("alpha", "beta"):  # which add up all of a map in float32
+            assert_as_accurate(grads[name], plain_grads[name], expected_grads[name], f"gradient of {name}")
+
+
+def assert_layouts(case: Case, outs: tuple[Tensor, ...], grads: dict[str, Tensor]) -> None:
+    """DESIGN.md: an output has the query's memory format and dtype, a gradient that of its input."""
+    for out in outs:
+        assert out.dtype == case.tensors["key"].dtype
+        if "query" in case.tensors:
+            assert_format(out, case.tensors["query"])
+        else:
+            assert out.is_contiguous()
+    for name, grad in grads.items():
+        x = case.tensors[name]
+        assert grad.dtype == x.dtype
+        if x.ndim == 4:
+            assert_format(grad, x)
+
+
+def assert_format(x: Tensor, like: Tensor) -> None:
+    _, C, H, W = like.shape
+    points_are_vectors = C > 1 and H * W > 1 and like.stride(1) == 1
+    expected = torch.channels_last if points_are_vectors else torch.contiguous_format
+    assert x.stride() == torch.empty(x.shape, memory_format=expected).stride()
+
+
+# Random cases --------------------------------------------------------------------------------------------
+
+
+def assert_random_case(seed: int, seconds: float) -> None:
+    torch.manual_seed(seed)
+    assert_equals_reference(random_blocks_case(seed, DEVICE, seconds), random.Random(seed).choice(LAYOUTS))
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(40), ids="seed{}".format)
+def test_random_case_equals_reference(seed):
+    """A failure is repeated by A2K_TEST_SEED=<seed> pytest -k seed<seed>."""
+    assert_random_case(seed, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", fresh_seeds(120), ids="seed{}".format)
+def test_larger_random_case_equals_reference(seed):
+    assert_random_case(seed, 6.0)
+
+
+def small_case(operation: str, **geometry) -> Case:
+    """Six query blocks and six key blocks, most of them cut."""
+    return make_case(operation, **{"batch": 1, "heads": 2, "device": DEVICE, **geometry})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+def test_every_layout_of_inputs_and_upstream_gradients(operation, layout):
+    torch.manual_seed(0)
+    assert_equals_reference(small_case(operation, layouts=(layout,) * 3), layout)
+
+
+@pytest.mark.parametrize("dims", [ONE_TILE, MANY_TILES], ids=["one_tile", "many_tiles"])
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+@pytest.mark.parametrize("upstream", ["contiguous", "channels_last", "sliced", "transposed", "expanded_channels"])
+@pytest.mark.slow
+def test_upstream_layouts(operation, upstream, dims):
+    torch.manual_seed(0)
+    assert_equals_reference(small_case(operation, layouts=("channels_last",) * 3, **dims), upstream)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "query_size, key_size", [((1, 1), (1, 1)), ((1, 1), (5, 9)), ((5, 9), (1, 1)), ((1, 6), (6, 1))]
+)
+def test_smallest_maps(operation, query_size, key_size):
+    torch.manual_seed(0)
+    assert_equals_reference(small_case(operation, heads=1, query_size=query_size, key_size=key_size))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_empty_batch(operation):
+    case = small_case(operation, batch=0, dtype=torch.bfloat16, layouts=("channels_last",) * 3)
+    outs, expected = case.run("triton"), case.run("reference")
+    assert [(x.shape, x.dtype) for x in outs] == [(x.shape, x.dtype) for x in expected]
+    if operation != "block_match":
+        inputs = case.differentiable().values()
+        grads = torch.autograd.grad([x.sum() for x in outs if x.requires_grad], inputs)
+        assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in inputs]
+        assert not any(x.any() for x in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d_k, d_v", HEAD_DIMS)
+@pytest.mark.parametrize("operation", ["block_aggregate", "distributed_attention", "block_attention"])
+def test_head_dimensions_of_the_networks(operation, d_k, d_v, dtype):
+    torch.manual_seed(0)
+    sizes = {"query_size": (9, 7), "key_size": (5, 11), "scale": d_k**-0.5, "layouts": ("channels_last",) * 3}
+    assert_equals_reference(small_case(operation, heads=1, d_k=d_k, d_v=d_v, dtype=dtype, **sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_largest_block_and_head(operation):
+    torch.manual_seed(0)
+    sizes = {"block_size": 16, "query_size": (14, 5), "key_size": (16, 19), "scale": 1 / 16}
+    assert_equals_reference(small_case(operation, heads=1, d_k=256, d_v=256, **sizes))
+
+
+# block_match ---------------------------------------------------------------------------------------------
+
+
+def whole_number_case(seed: int, *, special: float | None = None, **geometry) -> Case:
+    """block_match of whole numbers, whose scores are exact in any order: many ties; some keys may be special."""
+    case = small_case("block_match", seed=seed, **geometry)
+    generator = torch.Generator().manual_seed(seed)
+    for x in case.tensors.values():
+        x.detach().copy_(torch.randint(-1, 2, x.shape, generator=generator))
+    if special is not None:
+        key = case.tensors["key"].detach()
+        key[(torch.rand(key.shape, generator=generator) < 0.02).to(DEVICE)] = special
+    return case
+
+
+def small_tiles(monkeypatch, **tiles: int) -> None:
+    monkeypatch.setattr(block_match, "match_tiles", lambda *args: configs.match_tiles(*args) | tiles)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 4])
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf"), float("-inf")], ids=str)
+def test_matches_are_those_of_argmax(special, splits, monkeypatch):
+    """Exactly: ties go to the lowest index, NaN is the largest; however the keys are tiled and split."""
+    small_tiles(monkeypatch, BLOCK_N=16)
+    monkeypatch.setattr(block_match, "match_splits", lambda programs, tiles: splits)
+    for seed, block_size in enumerate((1, 2, 3)):
+        sizes = {"query_size": (5 * block_size - 1, 4 * block_size), "key_size": (7 * block_size - 1, 9 * block_size)}
+        case = whole_number_case(seed, special=special, block_size=block_size, d_k=2, **sizes)
+        assert case.run("triton")[0].equal(case.run("reference")[0])
+
+
+def test_equal_keys_match_the_first(monkeypatch):
+    small_tiles(monkeypatch, BLOCK_N=16)
+    case = small_case(
+        "block_match", block_size=1, key_size=(10, 7), layouts=("contiguous", "expanded_points", "strided")
+    )
+    for splits in (1, 5):
+        monkeypatch.setattr(block_match, "match_splits", lambda programs, tiles, splits=splits: splits)
+        assert not case.run("triton")[0].any()
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), float("nan"), float("inf")], ids=str)
+def test_scores_that_are_all_infinite_or_nan(fill):
+    case = small_case("block_match", block_size=1, heads=1, d_k=1, query_size=(2, 2), key_size=(9, 9))
+    case.tensors["query"].detach().fill_(1)
+    case.tensors["key"].detach().fill_(fill)
+    assert not case.run("triton")[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_key_tiles(dtype):
+    """Tiles as they are, more keys than one holds, ranges split as for a GPU."""
+    case = small_case("block_match", block_size=2, d_k=40, query_size=(20, 18), key_size=(33, 31), dtype=dtype)
+    assert_matches(case, *case.run("triton"))
+
+
+# block_attention -----------------------------------------------------------------------------------------
+
+PATTERNS = {
+    "permutation": lambda n: torch.stack([torch.randperm(n), torch.randperm(n)]),
+    "uniform": lambda n: torch.randint(n, (2, n)),
+    "all_to_first": lambda n: torch.zeros(2, n),
+    "all_to_last": lambda n: torch.full((2, n), n - 1),
+    "two_long_lists": lambda n: torch.stack([torch.arange(n) % 2 * 5, torch.arange(n) // (n // 2) * (n // 3)]),
+    "just_split": lambda n: torch.stack([(torch.arange(n) >= 17) * 3, (torch.arange(n) >= 16) * 3]),
+    "out_of_range": lambda n: torch.stack([torch.randint(-n, 2 * n, (n,)), torch.arange(n) % 2 * 2 * n - n]),
+    "all_out_of_range": lambda n: torch.stack([torch.full((n,), -(2**31)), torch.full((n,), n)]),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_index_patterns(pattern):
+    assert_index_pattern(pattern, ONE_TILE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_index_patterns_in_many_tiles(pattern):
+    assert_index_pattern(pattern, MANY_TILES)
+
+
+def test_split_lists_in_many_tiles(monkeypatch):
+    """As above with shorter segments, for speed: both lists are split, and two blocks are out of range."""
+    monkeypatch.setattr(block_attention, "SEGMENT", 2)
+    index = torch.tensor([[[3, 3, 0, 3, 0, 0], [5, 5, 5, -1, 5, 6]]], dtype=torch.int32, device=DEVICE)
+    assert_attends_by(
+        index, small_case("block_attention", **MANY_TILES, layouts=("sliced", "channels_last", "strided"))
+    )
+
+
+def assert_index_pattern(pattern: str, dims: dict[str, int]) -> None:
+    """35 query blocks and as many key blocks: lists that are empty, short, or split into segments."""
+    torch.manual_seed(0)
+    sizes = {"query_size": (9, 14), "key_size": (14, 9), "block_size": 2}
+    assert 2 * block_attention.SEGMENT < 35
+    case = small_case("block_attention", **sizes, **dims, scale=0.3, layouts=("strided", "channels_last", "transposed"))
+    assert_attends_by(PATTERNS[pattern](35)[None].to(DEVICE, torch.int32), case)
+
+
+def assert_attends_by(index: Tensor, case: Case) -> None:
+    """The operator and its gradients equal the reference at that index.
+
+    The operator itself is called, as the public function refuses an index out of range on the CPU.
+    """
+    options = case.options
+    maps = [case.tensors[name] for name in ("query", "key", "value")]
+    exact = [x.detach().double().requires_grad_() for x in maps]
+    out, expected = ops.block_attention(*maps, index, **options), reference.block_attention(*exact, index, **options)
+    upstream = arrange(torch.randn_like(out), "sliced_channels_last")
+    assert_near(out, expected, 1e-5, "output")
+    grads = torch.autograd.grad(out, maps, upstream)
+    for name, grad, truth in zip(maps, grads, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        assert_near(grad, truth, 2e-5, f"gradient of {name}")
+    block_size, num_heads = options["block_size"], options["num_heads"]
+    rows, cols = count_blocks(maps[1].shape[-2:], block_size)
+    outside = (index < 0) | (index >= rows * cols)
+    for x in (out, grads[0]):
+        assert not split_blocks(x, block_size, num_heads)[outside].any()
+
+
+@pytest.mark.parametrize("dims", [ONE_TILE, MANY_TILES], ids=["one_tile", "many_tiles"])
+def test_index_of_any_strides_and_either_dtype(dims):
+    case = small_case("block_attention", **dims)
+    index = case.tensors["index"]
+    (out,) = case.run("triton")
+    grads = torch.autograd.grad(out.square().sum(), list(case.differentiable().values()))
+    for given in (index.long().mT.contiguous().mT, index.repeat_interleave(2, -1)[..., ::2]):
+        (again,) = case.run("triton", index=given)
+        assert again.equal(out)
+        for x, y in zip(
+            torch.autograd.grad(again.square().sum(), list(case.differentiable().values())), grads, strict=True
+        ):
+            assert x.equal(y)
+
+
+@pytest.mark.parametrize("dims", [ONE_TILE, MANY_TILES], ids=["one_tile", "many_tiles"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_propagates_as_in_the_reference(name, dims):
+    case = small_case("block_attention", **dims)
+    case.tensors["index"][..., :3] = 0
+    case.tensors[name].detach()[0, 0, 2, 1] = float("nan")
+    outs, expected = case.run("triton"), case.run("reference")
+    upstream = random_upstream(outs, "contiguous")
+    grads, expected_grads = gradients(case, outs, upstream), gradients(case, expected, upstream)
+    assert outs[0].isnan().any()
+    assert outs[0].isnan().equal(expected[0].isnan())
+    for x in grads:
+        assert grads[x].isnan().equal(expected_grads[x].isnan()), x
+
+
+# distributed_attention and block_aggregate ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 5])
+def test_query_splits_and_many_tiles_of_keys(splits, monkeypatch):
+    """Gradients of the keys from several ranges of queries, the last of which may be empty."""
+    torch.manual_seed(0)
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 16}
+    patched = lambda *args: configs.distributed_tiles(*args) | tiles  # noqa: E731
+    monkeypatch.setattr(distributed_attention, "distributed_tiles", patched)
+    monkeypatch.setattr(distributed_attention, "distributed_splits", lambda programs, tiles: splits)
+    sizes = {"block_size": 2, "query_size": (7, 9), "key_size": (9, 11), "heads": 1}
+    assert_equals_reference(small_case("distributed_attention", **sizes), "transposed")
+
+
+def test_more_keys_than_a_tile_holds():
+    torch.manual_seed(0)
+    sizes = {"block_size": 1, "query_size": (9, 9), "key_size": (7, 11), "heads": 1}
+    assert_equals_reference(small_case("distributed_attention", **sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", ["block_aggregate", "distributed_attention"])
+def test_scalars_of_any_dtype(operation, dtype):
+    """alpha and beta are used in float32 and get gradients of their own dtype and shape."""
+    case = small_case(operation, heads=1)
+    scalars = {name: torch.full((1,), 0.7, dtype=dtype, device=DEVICE).requires_grad_() for name in ("alpha", "beta")}
+    results = []
+    for backend in ("triton", "reference"):
+        outs = case.run(backend, **scalars)
+        results.append([*outs, *torch.autograd.grad([x.square().sum() for x in outs], scalars.values())])
+    for x, y in zip(*results, strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        tolerance = 1e-5 if x.dtype in (torch.float32, torch.float64) else 1e-2
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+# Gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [ONE_TILE, MANY_TILES], ids=["one_tile", "many_tiles"])
+@pytest.mark.parametrize("operation", ["block_aggregate", "distributed_attention", "block_attention"])
+def test_only_inputs_that_require_grad_get_one(operation, dims):
+    case = small_case(operation, heads=1, **dims)
+    outs = case.run("triton")
+    upstream = random_upstream(outs, "contiguous")
+    expected = gradients(case, outs, upstream)
+    for wanted in expected:
+        alone = {name: x.detach().requires_grad_(name == wanted) for name, x in case.differentiable().items()}
+        outs = [(x, g) for x, g in zip(case.run("triton", **alone), upstream, strict=True) if x.requires_grad]
+        torch.autograd.backward(*zip(*outs, strict=True))
+        assert [name for name, x in alone.items() if x.grad is not None] == [wanted]
+        assert alone[wanted].grad.equal(expected[wanted]), wanted
+
+
+@pytest.mark.parametrize("operation", ["block_aggregate", "distributed_attention", "block_attention"])
+def test_backward_is_bitwise_repeatable(operation, monkeypatch):
+    monkeypatch.setattr(distributed_attention, "distributed_splits", lambda programs, tiles: 2)
+    case = small_case(operation, block_size=1, heads=1, query_size=(6, 6), key_size=(2, 3))
+    outs = case.run("triton")
+    upstream = random_upstream(outs, "contiguous")
+    first, again = (gradients(case, case.run("triton"), upstream) for _ in range(2))
+    assert all(first[name].equal(again[name]) for name in first)
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+def test_second_derivative_raises(operation):
+    case = small_case(operation, heads=1, query_size=(3, 3), key_size=(3, 3))
+    inputs = list(case.differentiable().values())
+    out = case.run("triton")[0].square().sum()
+    grads = torch.autograd.grad(out, inputs, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="a2k"):
+        sum(x.square().sum() for x in grads if x is not None).backward()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_offsets_of_64_bits_change_nothing(operation, monkeypatch):
+    case = small_case(operation, heads=1, layouts=("strided", "sliced_channels_last", "expanded_points"))
+    results = []
+    for large in (False, True):
+        for module in (block_aggregate, block_attention, block_match, distributed_attention):
+            monkeypatch.setattr(module, "is_large", lambda *maps, large=large: large)
+        outs = case.run("triton")
+        loss = [x.square().sum() for x in outs if x.requires_grad]
+        grads = torch.autograd.grad(loss, list(case.differentiable().values())) if loss else ()
+        results.append([*outs, *grads])
+    assert all(x.equal(y) for x, y in zip(*results, strict=True))
+
+
+def test_maps_that_need_offsets_of_64_bits():
+    """Without memory: expanded maps are small however far their offsets go; strides alone decide."""
+    x = torch.empty(1, device="meta")
+    assert not is_large(x.as_strided((9, 4, 100, 100), (2**40, 1, 400, 4)))
+    assert not is_large(x.expand(1, 256, 2**20, 2**20))
+    assert is_large(x.as_strided((1, 2, 100, 100), (0, 2**31, 100, 1)))
+    assert is_large(x.as_strided((1, 64, 2**13, 2**13), (2**32, 1, 2**19, 64)))
+
+
+# Registration --------------------------------------------------------------------------------------------
+
+
+def operator_calls() -> dict[str, tuple]:
+    """Every operator, with arguments."""
+    case = small_case(
+        "distributed_attention", heads=1, query_size=(3, 5), key_size=(4, 3), layouts=("channels_last",) * 3
+    )
+    query, key, value, alpha, beta = case.tensors.values()
+    keys, values = (x.detach() for x in ops.aggregate_op(key, value, alpha, beta, 4, 1))
+    out, lse = (x.detach() for x in ops.attend_op(query, keys, values, 1, 0.5, "ieee"))
+    index = torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE)
+    plain = [x.detach() for x in (query, key, value, alpha, beta)]
+    some = [False, True, True]
+    return {
+        "aggregate_op": (key, value, alpha, beta, 4, 1),
+        "aggregate_backward_op": (*plain[1:], keys, values, [True, False], 4, 1),
+        "attend_op": (query, keys.clone().requires_grad_(), values.clone().requires_grad_(), 1, 0.5, "ieee"),
+        "attend_backward_op": (plain[0], keys, values, out, lse, out.clone(), [True, True], 1, 0.5, "ieee"),
+        "match_op": (*plain[:2], 4, 1, "ieee"),
+        "attention_op": (query, key, value, index, 4, 1, 0.5, "ieee"),
+        "attention_backward_op": (*plain[:3], index, out, some, 4, 1, 0.5, "ieee"),
+    }
+
+
+@pytest.mark.parametrize("name", [x for x in dir(ops) if x.endswith("_op")])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name), operator_calls()[name])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiles_without_graph_break(operation):
+    torch._dynamo.reset()
+    case = small_case(operation, heads=1, layouts=("channels_last", "contiguous", "sliced"))
+    expected = case.run("triton")
+    actual = torch.compile(lambda: case.run("triton"), backend="aot_eager", fullgraph=True)()
+    for x, y in zip(actual, expected, strict=True):
+        assert x.equal(y)
+        assert x.stride() == y.stride()
+    if operation == "block_match":
+        return
+    upstream = random_upstream([x for x in expected if x.requires_grad], "transposed")
+    results = [gradients(case, [x for x in outs if x.requires_grad], upstream) for outs in (actual, expected)]
+    for name in results[0]:
+        assert results[0][name].equal(results[1][name])
+        assert results[0][name].stride() == results[1][name].stride()
+
+
+class Operation(torch.nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return self.case.run("triton", **dict(zip(INPUTS[self.case.operation], maps, strict=True)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_exports(operation):
+    case = small_case(operation, heads=1)
+    for name in ("alpha", "beta"):
+        if case.tensors.pop(name, None) is not None:
+            case.options[name] = 0.5
+    maps = [case.tensors[name].detach() for name in INPUTS[operation]]
+    program = torch.export.export(Operation(case), tuple(maps))
+    for x, y in zip(program.module()(*maps), case.run("triton"), strict=True):
+        assert x.equal(y)
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+def test_autocast(operation):
+    """Results are those of maps in the autocast dtype, matches those of float32; gradients have the input's dtype."""
+    case = small_case(operation, heads=1, layouts=("channels_last",) * 3)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        outs = case.run("triton")
+    cast = {name: case.tensors[name].bfloat16() for name in ("query", "key", "value") if name in case.tensors}
+    if operation == "progressive_attention":
+        *outs, index = outs
+        assert index.equal(case.run("triton")[1])
+        case = at_index(case, index)
+    for x, y in zip(outs, case.run("triton", **cast), strict=True):
+        assert x.dtype == torch.bfloat16
+        assert x.equal(y)
+    inputs = case.differentiable().values()
+    grads = torch.autograd.grad([x.sum() for x in outs], inputs)
+    assert [(x.dtype, x.stride()) for x in grads] == [(x.dtype, x.stride()) for x in inputs]
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+def test_checkpointing_and_deterministic_algorithms(operation):
+    torch.use_deterministic_algorithms(True)  # an operation without a deterministic implementation raises
+    case = small_case(operation, heads=1)
+    outs = [x for x in case.run("triton") if x.requires_grad]
+    upstream = random_upstream(outs, "contiguous")
+    expected = gradients(case, outs, upstream)
+    outs = torch.utils.checkpoint.checkpoint(lambda: case.run("triton"), use_reentrant=False)
+    actual = gradients(case, [x for x in outs if x.requires_grad], upstream)
+    assert all(actual[name].equal(expected[name]) for name in expected)
+
+
+def test_progressive_attention_is_match_then_attention():
+    case = small_case("progressive_attention", scale=0.5)
+    out, index = case.run("triton")
+    query, key, value = (case.tensors[name] for name in ("query", "key", "value"))
+    sizes = {"block_size": 4, "num_heads": 2, "backend": "triton"}
+    assert index.equal(a2k_kernels.block_match(query, key, **sizes))
+    assert out.equal(a2k_kernels.block_attention(query, key, value, index, scale=0.5, **sizes))
+
+
+def test_saves_nothing_for_backward_but_inputs_and_index():
+    case = small_case("progressive_attention")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        _, index = case.run("triton")
+    known = {x.untyped_storage().data_ptr() for x in (*case.tensors.values(), index)}
+    assert {x.untyped_storage().data_ptr() for x in saved} == known
+
+
+def test_float32_precision_follows_the_switch_of_pytorch():
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert ops.float32_precision(False) == ops.float32_precision(True) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        expected = ("ieee", "ieee") if torch.version.hip else ("tf32", "tf32x3")
+        assert (ops.float32_precision(False), ops.float32_precision(True)) == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
