@@ -11,7 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """Every run is saved, so that `--benchmark-compare` has something to compare with from the second run on."""
-    config.option.benchmark_autosave = True
+    config.option.benchmark_autosave = config.option.benchmark_autosave or "run"
 
 
 def pytest_report_header():
