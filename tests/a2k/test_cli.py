@@ -323,7 +323,8 @@ def test_device_cuda_without_a_gpu(capsys, tmp_path, stylize, photo, painting):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_backend_triton_without_a_gpu(capsys, tmp_path, stylize, photo, painting):
+def test_backend_triton_without_a_gpu(capsys, tmp_path, stylize, photo, painting, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     message = refusal(capsys, *stylize(photo, painting, tmp_path / "out.png", "--backend", "triton"))
     assert "'triton'" in message
     assert not (tmp_path / "out.png").exists()
