@@ -52,7 +52,7 @@ class Recipe:
 RECIPES = {
     "vgg19": Recipe(),
     "vgg16": Recipe(),
-    "lite": Recipe(lr=5e-4, local_weight=0.7, identity_weight=50.0, keys="own", autoencode_steps=500),
+    "lite": Recipe(lr=5e-4, local_weight=0.4, identity_weight=50.0, keys="own", autoencode_steps=500),
 }
 
 

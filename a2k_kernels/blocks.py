@@ -25,11 +25,11 @@ def split_blocks(x: Tensor, block_size: int, num_heads: int) -> Tensor:
 
 
 def merge_blocks(blocks: Tensor, size: tuple[int, int], block_size: int) -> Tensor:
-    """Inverse of split_blocks: (B, num_heads, n, r, d) -> (B, num_heads * d, *size)."""
+    """Inverse of split_blocks: (B, num_heads, n, r, d) -> (B, num_heads * d, *size), laid out in channels_last."""
     b, (H, W), (B, num_heads, _, _, d) = block_size, size, blocks.shape
     rows, cols = count_blocks(size, b)
-    grid = blocks.view(B, num_heads, rows, cols, b, b, d).permute(0, 1, 6, 2, 4, 3, 5)
-    return grid.reshape(B, num_heads * d, rows * b, cols * b)[..., :H, :W]
+    grid = blocks.view(B, num_heads, rows, cols, b, b, d).permute(0, 2, 4, 3, 5, 1, 6)
+    return grid.reshape(B, rows * b, cols * b, num_heads * d)[:, :H, :W].permute(0, 3, 1, 2)
 
 
 def existing_points(size: tuple[int, int], block_size: int, device: torch.device | str = "cpu") -> Tensor:

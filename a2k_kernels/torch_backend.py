@@ -28,6 +28,11 @@ def head_groups(num_heads: int, elements_per_head: int) -> Iterator[tuple[int, i
         yield first, min(step, num_heads - first)
 
 
+def join(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
+    """torch.cat, which would copy a single part."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
 def group_blocks(x: Tensor, block_size: int, num_heads: int, first: int, count: int) -> Tensor:
     """Blocks of heads first .. first + count - 1 of a map: (B, count, n, r, d)."""
     d = x.shape[1] // num_heads
@@ -72,7 +77,7 @@ def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
         v_agg = ((gate @ v)[..., 0, :] + v_mean) / (points + 1)
         groups.append((k_agg.to(key.dtype), v_agg.to(value.dtype)))
     k_agg, v_agg = zip(*groups, strict=True)
-    return torch.cat(k_agg, 1), torch.cat(v_agg, 1)
+    return join(k_agg, 1), join(v_agg, 1)
 
 
 def distributed_attention(query, key, value, alpha, beta, *, block_size, num_heads, scale):
@@ -88,8 +93,10 @@ def distributed_attention(query, key, value, alpha, beta, *, block_size, num_hea
             out = F.scaled_dot_product_attention(q, k_agg, v_agg, scale=scale)
         else:
             out = softmax_attention(q, k_agg, v_agg, scale)
-        return out.mT.flatten(1, 2).unflatten(2, (-1, W))
+        return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
+    if fused and query.stride(1) == 1 and query.dtype != torch.float16:  # here PyTorch streams the scores itself
+        return attend(query, 0)
     scores_per_row = B * num_heads * W * k_agg.shape[2]
     return in_bands(attend, query, max(1, BAND_ELEMENTS // max(1, scores_per_row)))
 
@@ -101,8 +108,8 @@ def block_match(query, key, *, block_size, num_heads):
     for group in head_groups(num_heads, key.numel() // num_heads):
         q, k = (at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key))
         band = max(1, BAND_ELEMENTS // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
-        groups.append(torch.cat([(rows @ k.mT).argmax(-1).int() for rows in q.split(band, 2)], 2))
-    return torch.cat(groups, 1)
+        groups.append(join([(rows @ k.mT).argmax(-1).int() for rows in q.split(band, 2)], 2))
+    return join(groups, 1)
 
 
 def select_blocks(blocks: Tensor, index: Tensor) -> Tensor:
@@ -147,4 +154,4 @@ def block_attention(query, key, value, index, *, block_size, num_heads, scale):
         block_row = B * count * cols * block_size**2 * (block_size**2 + 2 * d + v.shape[-1])
         band_rows = block_size * max(1, BAND_ELEMENTS // max(1, block_row))
         groups.append(in_bands(attend, query[:, first * d : (first + count) * d], band_rows))
-    return torch.cat(groups, 1)
+    return join(groups, 1)
