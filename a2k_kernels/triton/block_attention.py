@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from a2k_kernels.blocks import count_blocks
-from a2k_kernels.triton.configs import attention_tiles, fits_one_tile
+from a2k_kernels.triton.configs import attention_backward_tiles, attention_tiles, fits_one_tile
 from a2k_kernels.triton.tiles import LOG2E, block_points, dot, is_large, load_tile, on_device, store_tile
 
 SEGMENT = 16  # query blocks of one key block that a backward program handles
@@ -374,7 +374,7 @@ def block_attention_bwd(
     shape = (dim, value_dim, block_size, num_heads)
     size = (H, W, key_height, key_width, blocks)
     large = is_large(query, key, value, grad_out, *grads)
-    tiles = attention_tiles(block_size, dim, value_dim, query.element_size())
+    tiles = attention_backward_tiles(block_size, dim, value_dim, query.element_size())
     maps, inputs = B * num_heads, (query, key, value, grad_out)
     key_workspace, value_workspace = (
         lists.workspace(maps, tiles["BLOCK_N"], channels, tiles[block]) if grad is not None else None
@@ -382,7 +382,7 @@ def block_attention_bwd(
     )
     strides = [x.stride() for x in inputs]
     with on_device(query):
-        if fits_one_tile(block_size, dim, value_dim):
+        if fits_one_tile(block_size, dim, value_dim, query.element_size()):
             block_attention_bwd_kernel[(lists.num_programs, maps)](
                 *inputs, grad_query, grad_key, grad_value, key_workspace, value_workspace, *lists.tensors,
                 *strides, *(None if grad is None else grad.stride() for grad in (grad_query, grad_key, grad_value)),

@@ -22,7 +22,7 @@ def row_argmax(scores, number):
     has_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
     ordered = tl.where((scores != scores) | (number == NO_INDEX), float("-inf"), scores)
     largest = tl.max(ordered, axis=1)
-    is_best = tl.where(has_nan[:, None], is_nan, (ordered == largest[:, None]) & (number != NO_INDEX))
+    is_best = tl.where(has_nan[:, None], is_nan, ordered == largest[:, None])
     index = tl.min(tl.where(is_best, number, NO_INDEX), axis=1)
     return tl.where(has_nan, float("nan"), largest), index
 
@@ -94,7 +94,7 @@ def best_split_kernel(score_ptr, index_ptr, out_ptr, count, SPLITS: tl.constexpr
     for split in range(1, SPLITS):
         score = tl.load(score_ptr + split * count + place, mask=inside)
         index = tl.load(index_ptr + split * count + place, mask=inside)
-        better = (replaces(score, best) | (best_index == NO_INDEX)) & (index != NO_INDEX)
+        better = replaces(score, best)  # never in an empty range, whose score is -inf
         best = tl.where(better, score, best)
         best_index = tl.where(better, index, best_index)
     tl.store(out_ptr + place, best_index, mask=inside)

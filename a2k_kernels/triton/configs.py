@@ -4,12 +4,14 @@ from a2k_kernels.triton.tiles import tile_side
 
 
 def chunk_width(dim: int, element_size: int) -> int:
-    """Channels per tile: all of them where they fit, else chunks of 128 bytes or more without much padding."""
-    widest = 64 if element_size == 4 else 128
+    """Channels per tile: all of them where they fit, else chunks of 64 bytes or more without much padding.
+
+    float32 products without tensor cores hold their operands in registers, so their chunks are narrow.
+    """
     padded = tile_side(dim)
-    if padded <= widest:
-        return padded
-    return min((32, 64, 128) if widest == 128 else (32, 64), key=lambda width: (-(-dim // width) * width, -width))
+    if element_size == 4 or padded <= 128:
+        return min(padded, 32 if element_size == 4 else 128)
+    return min((32, 64, 128), key=lambda width: (-(-dim // width) * width, -width))
 
 
 def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
@@ -21,14 +23,25 @@ def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int
         "BLOCK_N": block_n,
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
-        "num_warps": 4 if block_n <= 64 else 8,
+        "num_warps": 4 if block_n * element_size <= 128 else 8,
         "num_stages": 2,
     }
 
 
-def fits_one_tile(block_size: int, dim: int, value_dim: int) -> bool:
+def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
+    """block_attention backward: as forward, but all channels where a block fits one tile, and else in float32 fewer
+    query points."""
+    tiles = attention_tiles(block_size, dim, value_dim, element_size)
+    if fits_one_tile(block_size, dim, value_dim, element_size):
+        return tiles | {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
+    if element_size == 4 and tiles["BLOCK_N"] <= 64:
+        return tiles | {"BLOCK_M": 16, "num_warps": 4}
+    return tiles
+
+
+def fits_one_tile(block_size: int, dim: int, value_dim: int, element_size: int) -> bool:
     """Whether the single-pass backward of block_attention holds a block's keys and values in registers."""
-    return block_size**2 <= 64 and max(dim, value_dim) <= 64
+    return block_size**2 <= (16 if element_size == 4 else 64) and max(dim, value_dim) <= 64
 
 
 def match_tiles(n_query: int, n_key: int, dim: int, element_size: int) -> dict[str, int]:
@@ -55,17 +68,30 @@ def aggregate_tiles(block_size: int, dim: int, value_dim: int) -> dict[str, int]
 
 
 def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
-    """distributed_attention: BLOCK_M query points by BLOCK_N aggregated keys, all channels in one tile."""
+    """distributed_attention: BLOCK_M query points by BLOCK_N aggregated keys, all channels in one tile.
+
+    float32 products without tensor cores hold their operands in registers: small tiles, many warps, no pipeline.
+    """
     block_d, block_dv = tile_side(dim), tile_side(value_dim)
-    wide = max(block_d, block_dv) * element_size > 256
+    wide = max(block_d, block_dv) > 128
+    side = (64 if element_size == 2 else 32) // (2 if wide else 1)
     return {
-        "BLOCK_M": 32 if wide else 64,
-        "BLOCK_N": min(32 if wide else 64, tile_side(n_key)),
+        "BLOCK_M": side,
+        "BLOCK_N": min(side, tile_side(n_key)),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": 4 if element_size == 2 else 8,
+        "num_stages": 2 if element_size == 2 else 1,
     }
+
+
+def distributed_key_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
+    """distributed_attention, gradients of the keys: two accumulators more, so more warps share them."""
+    tiles = distributed_tiles(n_key, dim, value_dim, element_size)
+    widest = max(tiles["BLOCK_D"], tiles["BLOCK_DV"])
+    if element_size == 4 or widest <= 32:
+        return tiles
+    return tiles | {"num_warps": 8, "num_stages": 2 if widest <= 128 else 1}
 
 
 def match_splits(programs: int, key_tiles: int) -> int:

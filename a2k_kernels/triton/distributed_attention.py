@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from a2k_kernels.triton.configs import distributed_splits, distributed_tiles
+from a2k_kernels.triton.configs import distributed_key_tiles, distributed_splits, distributed_tiles
 from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device, store_tile
 
 
@@ -76,8 +76,8 @@ def distributed_bwd_query_kernel(
     for first in range(0, num_keys, BLOCK_N):
         k = load_rows(key_ptr, map_number, first, num_keys, DIM, BLOCK_N, BLOCK_D)
         v = load_rows(value_ptr, map_number, first, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
-        # Keys beyond the end are zero, so whatever their weight they add nothing.
         weights = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2E) - lse[:, None])
+        # Keys beyond the end are zero, but not their weights: infinite, where lse is far below 0.
         weights = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], weights, 0.0)
         grad_weights = dot(grad_out, tl.trans(v), zeros, PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None]) * scale  # [BLOCK_M, BLOCK_N]
@@ -157,21 +157,22 @@ def attend_bwd(
     B, C, H, W = query.shape
     dim, value_dim, num_keys, maps = C // num_heads, values.shape[-1], keys.shape[2], B * num_heads
     if B == 0:
-        return (keys.new_empty(keys.shape), values.new_empty(values.shape)) if needs_keys else None
+        return tuple(torch.empty_like(x, dtype=torch.float32) for x in (keys, values)) if needs_keys else None
     tiles = distributed_tiles(num_keys, dim, value_dim, query.element_size())
     large = is_large(query, out, grad_out)
-    query_tiles, key_tiles = -(-(H * W) // tiles["BLOCK_M"]), -(-num_keys // tiles["BLOCK_N"])
     inputs = (query, keys, values, out, lse, grad_out)
     strides = (query.stride(), out.stride(), grad_out.stride())
     shape = (dim, value_dim, num_heads, precision)
     with on_device(query):
         if grad_query is not None:
-            distributed_bwd_query_kernel[(query_tiles * num_heads, B)](
+            distributed_bwd_query_kernel[(-(-(H * W) // tiles["BLOCK_M"]) * num_heads, B)](
                 *inputs, grad_query, *strides, grad_query.stride(), H, W, num_keys, scale,
                 *shape, large or is_large(grad_query), **tiles,
             )  # fmt: skip
         if not needs_keys:
             return None
+        tiles = distributed_key_tiles(num_keys, dim, value_dim, query.element_size())
+        query_tiles, key_tiles = -(-(H * W) // tiles["BLOCK_M"]), -(-num_keys // tiles["BLOCK_N"])
         splits = distributed_splits(key_tiles * maps, query_tiles)
         grad_keys = torch.empty((splits, *keys.shape), dtype=torch.float32, device=query.device)
         grad_values = torch.empty((splits, *values.shape), dtype=torch.float32, device=query.device)

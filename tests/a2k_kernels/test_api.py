@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from cases import (
 )
 
 import a2k_kernels
-from a2k_kernels import reference, torch_backend
+from a2k_kernels import api, reference, torch_backend
 
 BACKENDS = ("torch", "reference")
 HALF = (torch.float16, torch.bfloat16)
@@ -238,13 +239,63 @@ def test_unknown_backend(operation, monkeypatch):
         make_case(operation).run(None)
 
 
+OBSTACLES = [
+    ({"dtype": torch.float64}, r"its kernels do not compute in float64"),
+    ({"block_size": 17}, r"block_size is 17, over its 16"),
+    ({"d_k": 257, "d_v": 257}, r"a head has 257 channels, over its 256"),
+]
+
+
+@pytest.mark.parametrize("geometry, obstacle", OBSTACLES, ids=["float64", "block_size", "channels"])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_triton_never_falls_back(operation, monkeypatch):
-    with pytest.raises(RuntimeError, match=r"^backend is 'triton', but .*; choose 'torch'"):
-        make_case(operation).run("triton")
+def test_triton_never_falls_back(operation, geometry, obstacle, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = make_case(operation, **geometry)
+    with pytest.raises(RuntimeError, match=rf"^backend is 'triton', but {obstacle}; choose 'torch'$"):
+        case.run("triton")
     monkeypatch.setenv("A2K_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match=r"^A2K_BACKEND is 'triton', but .*; choose 'torch'"):
-        make_case(operation).run(None)
+    with pytest.raises(RuntimeError, match=rf"^A2K_BACKEND is 'triton', but {obstacle}; choose 'torch'$"):
+        case.run(None)
+
+
+@pytest.mark.parametrize("interpret", [None, "0"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_triton_takes_cpu_tensors_only_in_its_interpreter(operation, interpret, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpret is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    message = r"but the tensors are on cpu, where it needs TRITON_INTERPRET=1, set before Python starts; choose 'torch'"
+    with pytest.raises(RuntimeError, match=message):
+        make_case(operation).run("triton")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_triton_may_be_absent(operation, monkeypatch):
+    monkeypatch.setattr(api, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"^backend is 'triton', but Triton is not installed; choose 'torch'$"):
+        make_case(operation).run("triton")
+    assert api.choose_backend(None, gpu_map(), block_size=4, num_heads=2) is torch_backend
+
+
+def gpu_map(channels: int = 8, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+    """As much of a map on a GPU as choosing a backend looks at."""
+    return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=dtype, shape=(1, channels, 9, 9))
+
+
+def test_automatic_choice():
+    """Triton on a GPU where it can run, else torch; on the CPU torch, even with the interpreter."""
+    pytest.importorskip("triton")
+    from a2k_kernels import ops
+
+    def choice(*maps, block_size=4, num_heads=2):
+        return api.choose_backend(None, *maps, block_size=block_size, num_heads=num_heads)
+
+    assert choice(gpu_map()) is ops
+    assert choice(gpu_map(512), gpu_map(512), block_size=16) is ops
+    assert choice(gpu_map(dtype=torch.float64)) is torch_backend
+    assert choice(gpu_map(), block_size=17) is torch_backend
+    assert choice(gpu_map(512), gpu_map(514)) is torch_backend
+    assert choice(torch.ones(1, 8, 9, 9)) is torch_backend
 
 
 def test_import_is_light():

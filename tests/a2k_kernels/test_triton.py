@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter (conftest.py). Uninitialised memo
 """
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,6 +380,23 @@ def test_nan_propagates_as_in_the_reference(name, dims):
         assert grads[x].isnan().equal(expected_grads[x].isnan()), x
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("operation", ["distributed_attention", "block_attention"])
+def test_scores_far_from_zero(operation, sign):
+    """All scores near +-600: the missing points and keys, whose scores are 0, must not win."""
+    case = small_case(operation, heads=1)
+    case.tensors["query"].detach().mul_(0.1).add_(14)
+    case.tensors["key"].detach().mul_(0.1).add_(14 * sign)
+    upstream = None
+    results = []
+    for backend in ("triton", "reference"):
+        outs = case.run(backend)
+        upstream = upstream or random_upstream(outs, "contiguous")
+        results.append({"output": outs[0], **gradients(case, outs, upstream)})
+    for name, expected in results[1].items():
+        assert_near(results[0][name], expected, 1e-3, name)
+
+
 # distributed_attention and block_aggregate ----------------------------------------------------------------
 
 
@@ -388,7 +406,8 @@ def test_query_splits_and_many_tiles_of_keys(splits, monkeypatch):
     torch.manual_seed(0)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16}
     patched = lambda *args: configs.distributed_tiles(*args) | tiles  # noqa: E731
-    monkeypatch.setattr(distributed_attention, "distributed_tiles", patched)
+    for name in ("distributed_tiles", "distributed_key_tiles"):
+        monkeypatch.setattr(distributed_attention, name, patched)
     monkeypatch.setattr(distributed_attention, "distributed_splits", lambda programs, tiles: splits)
     sizes = {"block_size": 2, "query_size": (7, 9), "key_size": (9, 11), "heads": 1}
     assert_equals_reference(small_case("distributed_attention", **sizes), "transposed")
@@ -605,3 +624,39 @@ def test_float32_precision_follows_the_switch_of_pytorch():
         assert (ops.float32_precision(False), ops.float32_precision(True)) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+# The A2K module -------------------------------------------------------------------------------------------
+
+
+def test_module_equals_reference():
+    import a2k
+
+    channels, side, batch = 64, 8, 1
+    torch.manual_seed(0)
+    module = a2k.A2K(channels, block_size=4).to(DEVICE)
+    for x in module.parameters():
+        torch.nn.init.normal_(x, std=channels**-0.5)
+    features = torch.randn(2, batch, channels, side, side, device=DEVICE).clamp(min=0)
+    upstream = torch.randn(batch, channels, side, side, device=DEVICE)
+    results = []
+    for backend in ("reference", "triton"):
+        module.backend = backend
+        content, style = (x.clone().requires_grad_() for x in features)
+        out = module(content, style)
+        inputs = {"content": content, "style": style, **dict(module.named_parameters())}
+        grads = torch.autograd.grad(out, inputs.values(), upstream)
+        results.append({"output": out, **dict(zip(inputs, grads, strict=True))})
+    for name, expected in results[0].items():
+        assert_near(results[1][name], expected, 1e-4 if name == "output" else 1e-3, name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="the golden cases are on the CPU")
+@pytest.mark.parametrize("number", range(4))
+def test_golden_modules(number, monkeypatch):
+    """Results of the published code, at the tolerances of tests/a2k/test_golden.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "a2k")
+    import test_golden
+
+    test_golden.test_a2k_module(test_golden.A2K_CASES[number], "triton")
