@@ -197,8 +197,8 @@ def choose_backend(backend: str | None, *maps: Tensor, block_size: int, num_head
     """
     source = "backend"
     if backend is None:
-        backend, source = os.environ.get("A2K_BACKEND"), "A2K_BACKEND"
-    if not backend:
+        backend, source = os.environ.get("A2K_BACKEND") or None, "A2K_BACKEND"
+    if backend is None:
         on_gpu = maps[0].device.type == "cuda"
         backend = "triton" if on_gpu and not triton_obstacle(maps, block_size, num_heads) else "torch"
     if backend not in BACKENDS:

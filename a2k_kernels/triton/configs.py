@@ -35,7 +35,7 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
     if fits_one_tile(block_size, dim, value_dim, element_size):
         return tiles | {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
     if element_size == 4 and tiles["BLOCK_N"] <= 64:
-        return tiles | {"BLOCK_M": 16, "num_warps": 4}
+        return tiles | {"BLOCK_M": 16}
     return tiles
 
 
