@@ -1,6 +1,6 @@
 """Tile sizes, as plain functions of the shape and the element size."""
 
-from a2k_kernels.triton.tiles import products_fill_registers, tile_side
+from a2k_kernels.triton.tiles import tile_side
 
 
 def chunk_width(dim: int, element_size: int) -> int:
@@ -33,9 +33,7 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
     query points."""
     tiles = attention_tiles(block_size, dim, value_dim, element_size)
     if fits_one_tile(block_size, dim, value_dim, element_size):
-        block_d, block_dv = tile_side(dim), tile_side(value_dim)
-        crowded = tiles["BLOCK_N"] * max(block_d, block_dv) == 64 * 64 and products_fill_registers()
-        return tiles | {"BLOCK_D": block_d, "BLOCK_DV": block_dv, "num_stages": 1 if crowded else 2}
+        return tiles | {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
     if element_size == 4 and tiles["BLOCK_N"] <= 64:
         return tiles | {"BLOCK_M": 16}
     return tiles

@@ -73,11 +73,3 @@ def tile_side(extent: int) -> int:
 def on_device(x: Tensor):
     """Context in which kernels launch on x's GPU."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def products_fill_registers() -> bool:
-    """Whether tensor cores take their operands from registers: NVIDIA GPUs other than Hopper and its successor 10.x."""
-    if INTERPRETED.value:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch // 10 not in (9, 10)
