@@ -8,6 +8,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "a2k" / "version.py").read_
 
 TEST = ["pytest>=8", "pytest-benchmark>=5"]
 TRAIN = ["matplotlib>=3.8"]
+AUDIT = ["cuxray>=0.6", "networkx>=3"]
 
 setup(
     name="a2k",
@@ -35,7 +36,8 @@ setup(
         "test": TEST,
         "bench": TEST,
         "train": TRAIN,
-        "dev": [*TEST, *TRAIN, "ruff>=0.6", "build>=1", "scikit-image>=0.22"],
+        "audit": AUDIT,
+        "dev": [*TEST, *TRAIN, *AUDIT, "ruff>=0.6", "build>=1", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["a2k = a2k.cli:main"]},
     classifiers=[
