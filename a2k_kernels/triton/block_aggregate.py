@@ -98,15 +98,7 @@ def block_aggregate_bwd_kernel(
         ).to(tl.float32)  # fmt: skip
         c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) / (points + 1.0)
         grad_gate += tl.sum(v * c[None, :], axis=1)
-        if grad_value_ptr is not None:
-            grad_v = (gate + 1.0 / points)[:, None] * c[None, :]
-            store_tile(
-                grad_value_ptr, grad_value_strides, grad_v, batch, head, chunk, row, col, exists,
-                VALUE_DIM, BLOCK_DV, LARGE,
-            )  # fmt: skip
     grad_logits = tl.where(exists, grad_gate * gate * (1.0 - gate), 0.0)
-    tl.store(grad_alpha_ptr + aggregate, tl.sum(grad_logits * products, axis=0))
-    tl.store(grad_beta_ptr + aggregate, tl.sum(grad_logits, axis=0))
     if grad_key_ptr is not None:
         for chunk in range(0, tl.cdiv(DIM, BLOCK_D)):
             k = load_tile(
@@ -120,6 +112,16 @@ def block_aggregate_bwd_kernel(
             store_tile(
                 grad_key_ptr, grad_key_strides, grad_k, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE
             )
+    if grad_value_ptr is not None:
+        for chunk in range(0, tl.cdiv(VALUE_DIM, BLOCK_DV)):
+            c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) / (points + 1.0)
+            grad_v = (gate + 1.0 / points)[:, None] * c[None, :]
+            store_tile(
+                grad_value_ptr, grad_value_strides, grad_v, batch, head, chunk, row, col, exists,
+                VALUE_DIM, BLOCK_DV, LARGE,
+            )  # fmt: skip
+    tl.store(grad_alpha_ptr + aggregate, tl.sum(grad_logits * products, axis=0))
+    tl.store(grad_beta_ptr + aggregate, tl.sum(grad_logits, axis=0))
 
 
 def block_aggregate_fwd(
@@ -160,6 +162,6 @@ def block_aggregate_bwd(
             key, value, alpha, beta, grad_key_agg, grad_value_agg, grad_key, grad_value, grad_alpha[0], grad_alpha[1],
             key.stride(), value.stride(), *(None if g is None else g.stride() for g in (grad_key, grad_value)), H, W,
             C // num_heads, value_dim, block_size, num_heads, is_large(key, value, *grads),
-            **aggregate_tiles(block_size, C // num_heads, value_dim),
+            **aggregate_tiles(block_size, C // num_heads, value_dim, backward=True),
         )  # fmt: skip
     return tuple(grad_alpha.sum(1))

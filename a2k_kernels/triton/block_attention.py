@@ -11,7 +11,7 @@ from torch import Tensor
 
 from a2k_kernels.blocks import count_blocks
 from a2k_kernels.triton.configs import attention_backward_tiles, attention_tiles, fits_one_tile
-from a2k_kernels.triton.tiles import LOG2E, block_points, dot, is_large, load_tile, on_device, store_tile
+from a2k_kernels.triton.tiles import LOG2E, architecture, block_points, dot, is_large, load_tile, on_device, store_tile
 
 SEGMENT = 16  # query blocks of one key block that a backward program handles
 
@@ -374,7 +374,7 @@ def block_attention_bwd(
     shape = (dim, value_dim, block_size, num_heads)
     size = (H, W, key_height, key_width, blocks)
     large = is_large(query, key, value, grad_out, *grads)
-    tiles = attention_backward_tiles(block_size, dim, value_dim, query.element_size())
+    tiles = attention_backward_tiles(block_size, dim, value_dim, query.element_size(), architecture(query))
     maps, inputs = B * num_heads, (query, key, value, grad_out)
     key_workspace, value_workspace = (
         lists.workspace(maps, tiles["BLOCK_N"], channels, tiles[block]) if grad is not None else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from a2k_kernels.blocks import count_blocks
 from a2k_kernels.triton.configs import match_splits, match_tiles
-from a2k_kernels.triton.tiles import dot, is_large, load_tile, on_device
+from a2k_kernels.triton.tiles import architecture, dot, is_large, on_device
 
 NO_INDEX = tl.constexpr(2147483647)
 
@@ -16,15 +16,12 @@ NO_INDEX = tl.constexpr(2147483647)
 def row_argmax(scores, number):
     """Per row: the largest score and the lowest number that has it; NaN is larger than all, as in torch.argmax.
 
-    scores: [rows, columns]; number: [rows, columns] int32, NO_INDEX where there is no score. Returns [rows] each.
+    scores: [rows, columns]; number: [columns] int32. Returns [rows] each.
     """
-    is_nan = (scores != scores) & (number != NO_INDEX)
-    has_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
-    ordered = tl.where((scores != scores) | (number == NO_INDEX), float("-inf"), scores)
-    largest = tl.max(ordered, axis=1)
-    is_best = tl.where(has_nan[:, None], is_nan, ordered == largest[:, None])
-    index = tl.min(tl.where(is_best, number, NO_INDEX), axis=1)
-    return tl.where(has_nan, float("nan"), largest), index
+    has_nan = tl.max((scores != scores).to(tl.int32), axis=1) > 0
+    largest = tl.where(has_nan, float("nan"), tl.max(scores, axis=1))
+    is_best = (scores == largest[:, None]) | (scores != scores)
+    return largest, tl.min(tl.where(is_best, number[None, :], NO_INDEX), axis=1)
 
 
 @triton.jit
@@ -34,12 +31,35 @@ def replaces(score, best):
 
 
 @triton.jit
-def block_rows(block, position, exists, height, width, BLOCK_SIZE: tl.constexpr):
-    """Row, column and existence of one position in each of the given blocks."""
+def block_origins(ptr, strides, batch, head, block, num_blocks, height, width, DIM, BLOCK_SIZE, LARGE: tl.constexpr):
+    """Pointers to the first element of the given blocks, and how many rows and columns remain there: [blocks] each.
+
+    Beyond the last block it is repeated: it wins no argmax, as ties go to the lowest index.
+    """
     blocks_per_row = tl.cdiv(width, BLOCK_SIZE)
-    row = block // blocks_per_row * BLOCK_SIZE + position // BLOCK_SIZE
-    col = block % blocks_per_row * BLOCK_SIZE + position % BLOCK_SIZE
-    return row, col, exists & (row < height) & (col < width)
+    block = tl.minimum(block, num_blocks - 1)
+    row, col = block // blocks_per_row * BLOCK_SIZE, block % blocks_per_row * BLOCK_SIZE
+    if LARGE:
+        row, col, head = row.to(tl.int64), col.to(tl.int64), head.to(tl.int64)
+    image = ptr + batch.to(tl.int64) * strides[0] + head * DIM * strides[1]
+    return image + row * strides[2] + col * strides[3], height - row, width - col
+
+
+@triton.jit
+def load_depths(
+    origin, rows, cols, strides, first,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Elements first .. first + BLOCK_K - 1 of blocks laid out as (points, DIM), 0 where there is none."""
+    depth = first + tl.arange(0, BLOCK_K)
+    point, d = depth // DIM, depth % DIM
+    row, col = point // BLOCK_SIZE, point % BLOCK_SIZE
+    exists = (row[None, :] < rows[:, None]) & (col[None, :] < cols[:, None])
+    exists &= (depth < BLOCK_SIZE * BLOCK_SIZE * DIM)[None, :]
+    if LARGE:
+        row, col, d = row.to(tl.int64), col.to(tl.int64), d.to(tl.int64)
+    offset = row * strides[2] + col * strides[3] + d * strides[1]
+    return tl.load(origin[:, None] + offset[None, :], mask=exists, other=0.0)  # [blocks, BLOCK_K]
 
 
 @triton.jit
@@ -48,7 +68,7 @@ def block_match_kernel(
     height, width, key_height, key_width, num_blocks, num_key_blocks, tiles_per_split,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr,
     PRECISION: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """index_x = argmax_z sum_y <q_{x,y}, k_{z,y}>. One program: BLOCK_M query blocks by one range of key blocks.
 
@@ -57,24 +77,23 @@ def block_match_kernel(
     split, map_number = tl.program_id(1), tl.program_id(2)
     batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
     block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, rows, cols = block_origins(
+        query_ptr, query_strides, batch, head, block, num_blocks, height, width, DIM, BLOCK_SIZE, LARGE
+    )
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     best_index = tl.full([BLOCK_M], NO_INDEX, tl.int32)
-    CHUNKS: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
 
     for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
         key_block = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        key, key_rows, key_cols = block_origins(
+            key_ptr, key_strides, batch, head, key_block, num_key_blocks, key_height, key_width, DIM, BLOCK_SIZE, LARGE
+        )
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for step in range(0, BLOCK_SIZE * BLOCK_SIZE * CHUNKS):
-            position, chunk = step // CHUNKS, step % CHUNKS
-            row, col, exists = block_rows(block, position, block < num_blocks, height, width, BLOCK_SIZE)
-            key_row, key_col, key_exists = block_rows(
-                key_block, position, key_block < num_key_blocks, key_height, key_width, BLOCK_SIZE
-            )
-            q = load_tile(query_ptr, query_strides, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE)
-            k = load_tile(key_ptr, key_strides, batch, head, chunk, key_row, key_col, key_exists, DIM, BLOCK_D, LARGE)
+        for first in range(0, BLOCK_SIZE * BLOCK_SIZE * DIM, BLOCK_K):
+            q = load_depths(query, rows, cols, query_strides, first, DIM, BLOCK_SIZE, BLOCK_K, LARGE)
+            k = load_depths(key, key_rows, key_cols, key_strides, first, DIM, BLOCK_SIZE, BLOCK_K, LARGE)
             scores = dot(q, tl.trans(k), scores, PRECISION)
-        number = tl.where(key_block < num_key_blocks, key_block, NO_INDEX)
-        score, index = row_argmax(scores, tl.broadcast_to(number[None, :], scores.shape))
+        score, index = row_argmax(scores, key_block)
         better = replaces(score, best) | (best_index == NO_INDEX)
         best = tl.where(better, score, best)
         best_index = tl.where(better, index, best_index)
@@ -108,7 +127,8 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     blocks, key_blocks, maps = rows * cols, key_rows * key_cols, B * num_heads
     if B == 0:
         return torch.empty((B, num_heads, blocks), dtype=torch.int32, device=query.device)
-    tiles = match_tiles(blocks, key_blocks, C // num_heads, query.element_size())
+    depth = block_size**2 * (C // num_heads)
+    tiles = match_tiles(blocks, key_blocks, depth, maps, query.element_size(), architecture(query))
     programs, key_tiles = -(-blocks // tiles["BLOCK_M"]), -(-key_blocks // tiles["BLOCK_N"])
     splits = match_splits(programs * maps, key_tiles)
     score = torch.empty((splits, maps, blocks), dtype=torch.float32, device=query.device)

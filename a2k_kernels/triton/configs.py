@@ -1,4 +1,4 @@
-"""Tile sizes, as plain functions of the shape and the element size."""
+"""Tile sizes, as plain functions of the shape, the element size and the architecture (sm_90, gfx942, ...)."""
 
 from a2k_kernels.triton.tiles import tile_side
 
@@ -14,6 +14,11 @@ def chunk_width(dim: int, element_size: int) -> int:
     return min((32, 64, 128), key=lambda width: (-(-dim // width) * width, -width))
 
 
+def products_hold_registers(arch: str) -> bool:
+    """Whether tensor cores take both operands from registers: NVIDIA's, but for Hopper and Blackwell's data centre."""
+    return arch.startswith("sm_") and arch not in ("sm_90", "sm_100", "sm_103")
+
+
 def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """block_attention: BLOCK_M query points against all BLOCK_N points of a key block, channels in chunks."""
     block_n = tile_side(block_size**2)
@@ -23,17 +28,19 @@ def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int
         "BLOCK_N": block_n,
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
-        "num_warps": 4 if block_n * element_size <= 128 else 8,
+        "num_warps": 4 if element_size == 2 and block_n <= 64 else 8 if block_n <= 16 or element_size == 2 else 16,
         "num_stages": 2,
     }
 
 
-def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
+def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_size: int, arch: str) -> dict[str, int]:
     """block_attention backward: as forward, but all channels where a block fits one tile, and else in float32 fewer
     query points."""
     tiles = attention_tiles(block_size, dim, value_dim, element_size)
     if fits_one_tile(block_size, dim, value_dim, element_size):
-        return tiles | {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
+        tiles |= {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
+        crowded = products_hold_registers(arch) and tiles["BLOCK_N"] * tiles["BLOCK_D"] >= 64 * 64
+        return tiles | {"num_stages": 1 if crowded else 2}
     if element_size == 4 and tiles["BLOCK_N"] <= 64:
         return tiles | {"BLOCK_M": 16}
     return tiles
@@ -44,26 +51,32 @@ def fits_one_tile(block_size: int, dim: int, value_dim: int, element_size: int) 
     return block_size**2 <= (16 if element_size == 4 else 64) and max(dim, value_dim) <= 64
 
 
-def match_tiles(n_query: int, n_key: int, dim: int, element_size: int) -> dict[str, int]:
-    """block_match: BLOCK_M query blocks by BLOCK_N key blocks, BLOCK_D channels of one position at a time."""
-    return {
-        "BLOCK_M": min(64, tile_side(n_query)),
-        "BLOCK_N": min(64, tile_side(n_key)),
-        "BLOCK_D": min(chunk_width(dim, element_size), 64 if element_size == 2 else 32),
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+def match_tiles(n_query: int, n_key: int, depth: int, maps: int, element_size: int, arch: str) -> dict[str, int]:
+    """block_match: BLOCK_M query blocks by BLOCK_N key blocks, BLOCK_K of the depth elements of a block at a time.
+
+    16 bit: tiles as large as registers allow, where there are enough of them for a GPU of 132 processors.
+    """
+    widest = 256 if arch == "sm_90" else 128
+    if element_size == 2 and maps * -(-n_query // 128) * -(-n_key // widest) >= 128:
+        sides = {"BLOCK_M": 128, "BLOCK_N": widest, "num_warps": 8, "num_stages": 4}
+    else:
+        sides = {"BLOCK_M": min(64, tile_side(n_query)), "BLOCK_N": min(64, tile_side(n_key)), "num_warps": 4}
+    return {"BLOCK_K": min(32, tile_side(depth)), "num_stages": 4} | sides
 
 
-def aggregate_tiles(block_size: int, dim: int, value_dim: int) -> dict[str, int]:
-    """block_aggregate: all points of a block, channels in chunks of at most 8192 elements a tile."""
+def aggregate_tiles(block_size: int, dim: int, value_dim: int, backward: bool = False) -> dict[str, int]:
+    """block_aggregate: all points of a block, channels in chunks of at most 8192 elements a tile.
+
+    Few warps, so that the sums over points are mostly sums within a thread.
+    """
     block_r = tile_side(block_size**2)
     widest = max(16, 8192 // block_r)
+    block_d, block_dv = min(widest, tile_side(dim)), min(widest, tile_side(value_dim))
     return {
         "BLOCK_R": block_r,
-        "BLOCK_D": min(widest, tile_side(dim)),
-        "BLOCK_DV": min(widest, tile_side(value_dim)),
-        "num_warps": 4,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "num_warps": max(1, block_r * max(block_d, block_dv) // (1024 if backward else 2048)),
     }
 
 
@@ -73,14 +86,15 @@ def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -
     float32 products without tensor cores hold their operands in registers: small tiles, many warps, no pipeline.
     """
     block_d, block_dv = tile_side(dim), tile_side(value_dim)
-    wide = max(block_d, block_dv) > 128
-    side = (64 if element_size == 2 else 32) // (2 if wide else 1)
+    widest = max(block_d, block_dv)
+    side = (64 if element_size == 2 else 32) // (1 if widest <= 128 else 2)
+    large = element_size == 2 and widest <= 64  # more queries read the same keys
     return {
-        "BLOCK_M": side,
+        "BLOCK_M": 128 if large else side,
         "BLOCK_N": min(side, tile_side(n_key)),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 4 if element_size == 2 else 8,
+        "num_warps": 8 if large or element_size == 4 else 4,
         "num_stages": 2 if element_size == 2 else 1,
     }
 

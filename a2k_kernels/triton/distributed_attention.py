@@ -11,10 +11,32 @@ from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device,
 
 @triton.jit
 def load_rows(ptr, map_number, first, num_rows, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first .. first + BLOCK_N - 1 of one map of a contiguous (maps, num_rows, DIM) tensor, 0 beyond its end."""
-    row, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    """Rows first .. first + BLOCK_N - 1 of one map of a contiguous (maps, num_rows, DIM) tensor.
+
+    The last row is repeated beyond the end.
+    """
+    row, d = tl.minimum(first + tl.arange(0, BLOCK_N), num_rows - 1), tl.arange(0, BLOCK_D)
     pointers = ptr + (map_number.to(tl.int64) * num_rows + row)[:, None] * DIM + d[None, :]
-    return tl.load(pointers, mask=(row < num_rows)[:, None] & (d < DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    return tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+
+
+@triton.jit
+def attend_to_tile(
+    q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
+    WHOLE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(running_max, running_sum, out) after BLOCK_N more keys, or fewer if not WHOLE. factor >= 0."""
+    k = load_rows(key_ptr, map_number, first, num_keys, DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(value_ptr, map_number, first, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
+    scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+    new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
+    weights = tl.exp2(scores * factor - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+    if not WHOLE:
+        weights = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], weights, 0.0)
+    shrink = tl.exp2(running_max - new_max)
+    running_sum = running_sum * shrink + tl.sum(weights, axis=1)
+    return new_max, running_sum, dot(weights.to(v.dtype), v, out * shrink[:, None], PRECISION)
 
 
 @triton.jit
@@ -32,20 +54,22 @@ def distributed_fwd_kernel(
     map_number = batch * NUM_HEADS + head
     row, col, exists = point // width, point % width, point < height * width
     q = load_tile(query_ptr, query_strides, batch, head, 0, row, col, exists, DIM, BLOCK_D, LARGE)
+    q = tl.where(scale < 0, -q, q)  # so that the largest score has the largest weight
+    factor = tl.abs(scale) * LOG2E
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for first in range(0, num_keys, BLOCK_N):
-        k = load_rows(key_ptr, map_number, first, num_keys, DIM, BLOCK_N, BLOCK_D)
-        v = load_rows(value_ptr, map_number, first, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
-        scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * (scale * LOG2E)
-        scores = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(running_max - new_max)
-        running_sum = running_sum * shrink + tl.sum(weights, axis=1)
-        out = dot(weights.to(v.dtype), v, out * shrink[:, None], PRECISION)
-        running_max = new_max
+    whole = num_keys // BLOCK_N * BLOCK_N
+    for first in range(0, whole, BLOCK_N):
+        running_max, running_sum, out = attend_to_tile(
+            q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
+            True, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if whole < num_keys:
+        running_max, running_sum, out = attend_to_tile(
+            q, key_ptr, value_ptr, map_number, whole, num_keys, factor, running_max, running_sum, out,
+            False, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
     out = out / running_sum[:, None]
     store_tile(out_ptr, out_strides, out, batch, head, 0, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE)
     lse = lse_ptr + map_number.to(tl.int64) * height * width + point
@@ -77,7 +101,6 @@ def distributed_bwd_query_kernel(
         k = load_rows(key_ptr, map_number, first, num_keys, DIM, BLOCK_N, BLOCK_D)
         v = load_rows(value_ptr, map_number, first, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
         weights = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2E) - lse[:, None])
-        # Keys beyond the end are zero, but not their weights: infinite, where lse is far below 0.
         weights = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], weights, 0.0)
         grad_weights = dot(grad_out, tl.trans(v), zeros, PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None]) * scale  # [BLOCK_M, BLOCK_N]

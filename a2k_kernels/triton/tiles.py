@@ -73,3 +73,12 @@ def tile_side(extent: int) -> int:
 def on_device(x: Tensor):
     """Context in which kernels launch on x's GPU."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def architecture(x: Tensor) -> str:
+    """Of the GPU that x is on: sm_90, gfx942, ...; kernels that are interpreted take the first."""
+    if INTERPRETED.value:
+        return "sm_90"
+    with on_device(x):
+        target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
