@@ -93,10 +93,20 @@ def to_pil(tensor: torch.Tensor) -> Image.Image:
     shape = tuple(tensor.shape)
     if shape[:-2] not in ((1, 3), (3,)) or not tensor.is_floating_point():
         raise ValueError(f"tensor is {tensor.dtype} {shape}; give floats of shape (1, 3, H, W) or (3, H, W)")
-    if tensor.isnan().any():
-        raise ImageError("the result contains NaN; check the weights and the inputs, or use float32")
-    levels = tensor.reshape(shape[-3:]).float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    levels = to_levels(tensor.reshape(shape[-3:]))
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def from_levels(pixels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Fill out with pixels as numbers in [0, 1]: uint8 ones are divided by 255, others taken as they are."""
+    return out.copy_(pixels) if pixels.is_floating_point() else out.copy_(pixels).div_(255)
+
+
+def to_levels(x: torch.Tensor) -> torch.Tensor:
+    """Floating-point values, clamped to [0, 1], to the nearest of the 256 levels, uint8; ImageError if one is NaN."""
+    if x.isnan().any():
+        raise ImageError("the result contains NaN; check the weights and the inputs, or use float32")
+    return x.float().clamp(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def resize_short_side(image: Image.Image, size: int | None, name: str = "size") -> Image.Image:

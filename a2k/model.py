@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from a2k.attention import A2K, RESIDUALS
@@ -55,19 +55,27 @@ CONFIGS = {
 
 
 def pad_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pad right and bottom to (height, width) by reflection, or by replication where that is impossible."""
-    missing = [size[0] - image.shape[2], size[1] - image.shape[3]]
-    for dim, extra in zip((2, 3), missing, strict=True):
-        if extra > 0:
-            mode = "reflect" if extra < image.shape[dim] else "replicate"
-            image = F.pad(image, (0, 0, 0, extra) if dim == 2 else (0, extra, 0, 0), mode)
+    """Pad right and bottom to (height, width) by reflection, or by replication where that is impossible.
+
+    Takes any dtype, which F.pad does not.
+    """
+    for dim, (old, new) in enumerate(zip(image.shape[2:], size, strict=True), 2):
+        if new > old:
+            place = torch.arange(new, device=image.device)
+            mirrored = 2 * (old - 1) - place if new - old < old else torch.full_like(place, old - 1)
+            image = image.index_select(dim, torch.where(place < old, place, mirrored))
     return image
+
+
+def padded_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width as multiples of 16, at least 32."""
+    height, width = (max(MINIMUM, -(-n // MULTIPLE) * MULTIPLE) for n in size)
+    return height, width
 
 
 def pad_content(image: Tensor) -> Tensor:
     """Pad to multiples of 16, at least 32."""
-    height, width = (max(MINIMUM, -(-n // MULTIPLE) * MULTIPLE) for n in image.shape[-2:])
-    return pad_image(image, (height, width))
+    return pad_image(image, padded_size(image.shape[-2:]))
 
 
 def pad_style(image: Tensor) -> Tensor:
@@ -105,9 +113,11 @@ class StyA2K(nn.Module):
         content: (B, 3, H, W), style: (B, 3, H_s, W_s), RGB in [0, 1]. strength: 0 keeps the content's features,
         1 is the published network. Returns RGB (B, 3, H, W), unclamped.
         """
-        content_features = self.encoder(pad_content(content))
-        style_features = self.encoder(pad_style(style))
-        out = self.decoder(*self.transform(content_features, style_features, strength))
+        return self.redraw(content, self.encoder(pad_style(style)), strength)
+
+    def redraw(self, content: Tensor, style_features: list[Tensor], strength: float = 1.0) -> Tensor:
+        """As forward, from the five feature maps of the style."""
+        out = self.decoder(*self.transform(self.encoder(pad_content(content)), style_features, strength))
         return out[:, :, : content.shape[2], : content.shape[3]]
 
     def transform(

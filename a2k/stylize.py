@@ -1,18 +1,30 @@
 """Redrawing pictures with a trained network: files, PIL images or arrays in, PIL images out."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from a2k.checkpoint import find_weights, load_model
-from a2k.images import MAX_PIXELS, ImageError, read_image, resize_short_side, to_pil, to_tensor, transfer_color
+from a2k.images import MAX_PIXELS, ImageError, read_image, resize_short_side, transfer_color
+from a2k.inference import CompiledStyA2K, FusedStyA2K
 from a2k.model import StyA2K
 
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Style:
+    """A style as `StyleTransfer.encode_style` prepares it, for use with that StyleTransfer."""
+
+    keys: Sequence
+    network: FusedStyA2K | CompiledStyA2K = field(repr=False)
 
 
 class StyleTransfer:
@@ -24,6 +36,10 @@ class StyleTransfer:
         dtype: "float32" (default), "float16" or "bfloat16", of the computation.
         backend: of the attention operations, see `a2k_kernels`.
         max_pixels: pictures larger than this are refused.
+        max_memory: bytes that feature maps may take in memory; what does not fit goes to temporary files. By default
+            what is free.
+        compile: run the network through torch.compile. Every new size of picture is then compiled first, and the
+            picture must fit into memory as a whole.
 
     Raises:
         WeightsError: the weights are missing or damaged. ValueError: device or dtype cannot be had.
@@ -36,30 +52,42 @@ class StyleTransfer:
         dtype: str | None = None,
         backend: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        max_memory: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype)
         self.max_pixels = max_pixels
         model = weights if isinstance(weights, StyA2K) else load_model(find_weights(weights), backend=backend)
         self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last).eval()
+        self._network = CompiledStyA2K(self.model) if compile else FusedStyA2K(self.model, max_memory)
+
+    def encode_style(self, style: ImageSource, *, style_size: int | None = None, progress: bool = False) -> Style:
+        """Prepare a style once for many contents. Arguments and errors as for `stylize`."""
+        painting = self._resize(read_image(style, max_pixels=self.max_pixels).rgb, style_size, "style_size")
+        with self._bar("style", painting.size, None, progress) as bar:
+            return Style(self._network.encode_style(self._tensor([painting]), bar.update), self._network)
 
     def stylize(
         self,
         content: ImageSource,
-        style: ImageSource,
+        style: ImageSource | Style,
         *,
         strength: float = 1.0,
         size: int | None = None,
         style_size: int | None = None,
         preserve_color: bool = False,
+        progress: bool = False,
     ) -> Image.Image:
         """Redraw content in the manner of style.
 
         Args:
-            content, style: path, binary stream, PIL image or HxWx3 uint8 array of any size and aspect.
+            content, style: path, binary stream, PIL image or HxWx3 uint8 array of any size and aspect; style also what
+                `encode_style` returned.
             strength: from 0 (the style has no influence) to 1.
             size, style_size: resize so that the short side has so many pixels; None leaves the picture as it is.
             preserve_color: keep the content's colours and take only the brightness of the result.
+            progress: show a bar on stderr.
 
         Returns:
             A picture of the content's size (after `size`), RGB, or RGBA if the content has transparency.
@@ -67,18 +95,43 @@ class StyleTransfer:
         Raises:
             ImageError: a picture cannot be read or grows too large. ValueError: a number is out of range.
         """
+        options = {"strength": strength, "size": size, "style_size": style_size}
+        return self.stylize_batch([content], style, **options, preserve_color=preserve_color, progress=progress)[0]
+
+    def stylize_batch(
+        self,
+        contents: Sequence[ImageSource],
+        style: ImageSource | Style,
+        *,
+        strength: float = 1.0,
+        size: int | None = None,
+        style_size: int | None = None,
+        preserve_color: bool = False,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """Redraw several contents in the manner of one style; those of equal size are computed together.
+
+        Arguments, results and errors as for `stylize`. On a GPU small pictures are faster together.
+        """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; it must be from 0 to 1")
-        content = read_image(content, max_pixels=self.max_pixels)
-        photo = self._resize(content.rgb, size, "size")
-        painting = self._resize(read_image(style, max_pixels=self.max_pixels).rgb, style_size, "style_size")
-        with torch.inference_mode():
-            out = to_pil(self.model(self._tensor(photo), self._tensor(painting), strength))
-        if preserve_color:
-            out = transfer_color(out, photo)
-        if content.alpha is not None:
-            out.putalpha(content.alpha.resize(out.size, Image.Resampling.LANCZOS))
-        return out
+        if isinstance(style, Style) and (style_size is not None or style.network is not self._network):
+            raise ValueError("style was encoded at its own size by one StyleTransfer; give that one no style_size")
+        pictures = [read_image(content, max_pixels=self.max_pixels) for content in contents]
+        photos = [self._resize(picture.rgb, size, "size") for picture in pictures]
+        if not isinstance(style, Style):
+            style = self.encode_style(style, style_size=style_size, progress=progress)
+        results = {}
+        for equal in {photo.size for photo in photos}:
+            numbers = [number for number, photo in enumerate(photos) if photo.size == equal]
+            with self._bar("picture", equal, style, progress) as bar:
+                batch = self._tensor([photos[number] for number in numbers])
+                out = self._network.stylize(batch, style.keys, strength, bar.update)
+            results |= zip(numbers, out.permute(0, 2, 3, 1).cpu().numpy(), strict=True)
+        return [
+            finish(Image.fromarray(results[number]), photo, picture.alpha, preserve_color)
+            for number, (photo, picture) in enumerate(zip(photos, pictures, strict=True))
+        ]
 
     def _resize(self, image: Image.Image, size: int | None, name: str) -> Image.Image:
         if isinstance(size, int) and size > 0:
@@ -90,8 +143,24 @@ class StyleTransfer:
                 )
         return resize_short_side(image, size, name)
 
-    def _tensor(self, image: Image.Image) -> torch.Tensor:
-        return to_tensor(image).to(self.device, self.dtype, memory_format=torch.channels_last)
+    def _tensor(self, images: list[Image.Image]) -> torch.Tensor:
+        """uint8 (B, 3, H, W), channels_last."""
+        return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).to(self.device)
+
+    def _bar(self, name: str, size: tuple[int, int], style: Style | None, progress: bool) -> tqdm:
+        """Progress by the share of floating-point operations done."""
+        work = self._network.work(size[::-1], style and style.keys)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        return tqdm(total=work, desc=name, bar_format=form, leave=False, disable=not progress)
+
+
+def finish(out: Image.Image, photo: Image.Image, alpha: Image.Image | None, preserve_color: bool) -> Image.Image:
+    """The result with the photo's colours, if asked for, and its transparency."""
+    if preserve_color:
+        out = transfer_color(out, photo)
+    if alpha is not None:
+        out.putalpha(alpha.resize(out.size, Image.Resampling.LANCZOS))
+    return out
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,6 +1,7 @@
 """All-to-key attention (StyA2K, ICCV 2023) for feature maps."""
 
 from a2k_kernels.api import (
+    attend_aggregates,
     block_aggregate,
     block_attention,
     block_match,
@@ -9,6 +10,7 @@ from a2k_kernels.api import (
 )
 
 __all__ = [
+    "attend_aggregates",
     "block_aggregate",
     "block_attention",
     "block_match",

@@ -53,7 +53,7 @@ def block_aggregate(
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
     blocks = {"block_size": block_size, "num_heads": num_heads}
     with no_autocast(key):
-        return choose_backend(backend, key, value, **blocks).block_aggregate(key, value, alpha, beta, **blocks)
+        return backend_for(backend, key, value, **blocks).block_aggregate(key, value, alpha, beta, **blocks)
 
 
 def distributed_attention(
@@ -92,8 +92,37 @@ def distributed_attention(
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
     blocks = {"block_size": block_size, "num_heads": num_heads}
     with no_autocast(query):
-        run = choose_backend(backend, query, key, value, **blocks).distributed_attention
+        run = backend_for(backend, query, key, value, **blocks).distributed_attention
         out = run(query, key, value, alpha, beta, scale=real("scale", scale), **blocks)
+    return out.contiguous(memory_format=memory_format)
+
+
+def attend_aggregates(
+    query: Tensor, key_agg: Tensor, value_agg: Tensor, *, scale: float = 1.0, backend: str | None = None
+) -> Tensor:
+    """The second half of `distributed_attention`, for keys that serve many queries.
+
+    out_x = sum_z softmax_z(scale <q_x, k_agg_z>) v_agg_z.
+
+    Args:
+        query: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
+        key_agg: (B, num_heads, n, C / num_heads) and value_agg: (B, num_heads, n, d_v) with n >= 1, as
+            `block_aggregate` returns them, same dtype and device.
+        scale, backend: as for `distributed_attention`.
+
+    Returns:
+        (B, num_heads * d_v, H, W) in the query's dtype and memory format. Differentiable.
+
+    Raises:
+        ValueError: shapes do not fit. TypeError: dtypes do not fit. RuntimeError: the backend cannot run.
+    """
+    check_aggregates(query, key_agg, value_agg)
+    memory_format = output_format(query)
+    query, key_agg, value_agg = (to_autocast_dtype(x) for x in (keep_grad_layout(query), key_agg, value_agg))
+    widest = max(key_agg.shape[-1], value_agg.shape[-1])
+    with no_autocast(query):
+        run = choose_backend(backend, query, block_size=1, head_dim=widest).attend_aggregates
+        out = run(query, key_agg, value_agg, scale=real("scale", scale))
     return out.contiguous(memory_format=memory_format)
 
 
@@ -119,7 +148,7 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     check_same_channels(query, key)
     blocks = {"block_size": block_size, "num_heads": num_heads}
     with torch.no_grad(), no_autocast(query):
-        return choose_backend(backend, query, key, **blocks).block_match(query, key, **blocks)
+        return backend_for(backend, query, key, **blocks).block_match(query, key, **blocks)
 
 
 def block_attention(
@@ -160,7 +189,7 @@ def block_attention(
     query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
     blocks = {"block_size": block_size, "num_heads": num_heads}
     with no_autocast(query):
-        run = choose_backend(backend, query, key, value, **blocks).block_attention
+        run = backend_for(backend, query, key, value, **blocks).block_attention
         out = run(query, key, value, index, scale=real("scale", scale), **blocks)
     return out.contiguous(memory_format=memory_format)
 
@@ -189,7 +218,13 @@ def progressive_attention(
     return (out, index) if return_index else out
 
 
-def choose_backend(backend: str | None, *maps: Tensor, block_size: int, num_heads: int) -> ModuleType:
+def backend_for(backend: str | None, *maps: Tensor, block_size: int, num_heads: int) -> ModuleType:
+    """choose_backend for feature maps."""
+    widest = max(x.shape[1] // num_heads for x in maps)
+    return choose_backend(backend, maps[0], block_size=block_size, head_dim=widest)
+
+
+def choose_backend(backend: str | None, like: Tensor, *, block_size: int, head_dim: int) -> ModuleType:
     """The backend's module: the argument, else the A2K_BACKEND variable, else automatic.
 
     Automatic is Triton on a GPU, where it can run, and otherwise PyTorch. An explicit choice never falls back: it
@@ -199,13 +234,13 @@ def choose_backend(backend: str | None, *maps: Tensor, block_size: int, num_head
     if backend is None:
         backend, source = os.environ.get("A2K_BACKEND") or None, "A2K_BACKEND"
     if backend is None:
-        on_gpu = maps[0].device.type == "cuda"
-        backend = "triton" if on_gpu and not triton_obstacle(maps, block_size, num_heads) else "torch"
+        on_gpu = like.device.type == "cuda"
+        backend = "triton" if on_gpu and not triton_obstacle(like, block_size, head_dim) else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"{source} is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
     if backend != "triton":
         return {"torch": torch_backend, "reference": reference}[backend]
-    obstacle = triton_obstacle(maps, block_size, num_heads)
+    obstacle = triton_obstacle(like, block_size, head_dim)
     if obstacle:
         raise RuntimeError(f"{source} is 'triton', but {obstacle}; choose 'torch'")
     from a2k_kernels import ops  # imports Triton, which may be absent
@@ -213,19 +248,18 @@ def choose_backend(backend: str | None, *maps: Tensor, block_size: int, num_head
     return ops
 
 
-def triton_obstacle(maps: tuple[Tensor, ...], block_size: int, num_heads: int) -> str | None:
-    """Why the Triton kernels cannot take these maps, or None."""
+def triton_obstacle(like: Tensor, block_size: int, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot take tensors of like's dtype and device and heads as wide, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if maps[0].dtype == torch.float64:
+    if like.dtype == torch.float64:
         return "its kernels do not compute in float64"
     if block_size > MAX_BLOCK_SIZE:
         return f"block_size is {block_size}, over its {MAX_BLOCK_SIZE}"
-    widest = max(x.shape[1] // num_heads for x in maps)
-    if widest > MAX_HEAD_DIM:
-        return f"a head has {widest} channels, over its {MAX_HEAD_DIM}"
-    if maps[0].device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {maps[0].device.type}, where it needs TRITON_INTERPRET=1, set before Python starts"
+    if head_dim > MAX_HEAD_DIM:
+        return f"a head has {head_dim} channels, over its {MAX_HEAD_DIM}"
+    if like.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {like.device.type}, where it needs TRITON_INTERPRET=1, set before Python starts"
     return None
 
 
@@ -269,6 +303,28 @@ def check_same_size(key: Tensor, value: Tensor) -> None:
 def check_same_channels(query: Tensor, key: Tensor) -> None:
     if query.shape[1] != key.shape[1]:
         raise ValueError(f"key has {key.shape[1]} channels but query has {query.shape[1]}; they must agree")
+
+
+def check_aggregates(query: Tensor, key_agg: Tensor, value_agg: Tensor) -> None:
+    """Raise unless key_agg and value_agg are (B, num_heads, n, d) and fit the query."""
+    for name, x in (("key_agg", key_agg), ("value_agg", value_agg)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must be (B, num_heads, n, d), all but B at least 1"
+            )
+    heads, keys, dim = key_agg.shape[1:]
+    maps = {
+        "query": query,
+        "key_agg": key_agg.mT.flatten(1, 2)[..., None],
+        "value_agg": value_agg.mT.flatten(1, 2)[..., None],
+    }
+    check_maps(1, 1, **maps)
+    if value_agg.shape[1:3] != (heads, keys):
+        raise ValueError(f"value_agg has {tuple(value_agg.shape[1:3])} heads and keys but key_agg has {(heads, keys)}")
+    if query.shape[1] != heads * dim:
+        raise ValueError(f"query has {query.shape[1]} channels but key_agg has {heads} heads of {dim}; they must agree")
 
 
 def check_index(index: Tensor, query: Tensor, key: Tensor, block_size: int, num_heads: int) -> None:

@@ -164,8 +164,12 @@ attend_op.register_autograd(_attend_backward, setup_context=_attend_context)
 
 def distributed_attention(query, key, value, alpha, beta, *, block_size, num_heads, scale):
     """See reference.distributed_attention."""
-    keys, values = aggregate_op(key, value, alpha, beta, block_size, num_heads)
-    return attend_op(query, keys, values, num_heads, scale, float32_precision(False))[0]
+    return attend_aggregates(query, *aggregate_op(key, value, alpha, beta, block_size, num_heads), scale=scale)
+
+
+def attend_aggregates(query, key_agg, value_agg, *, scale):
+    """See reference.attend_aggregates."""
+    return attend_op(query, key_agg, value_agg, key_agg.shape[1], scale, float32_precision(False))[0]
 
 
 # ---- block_match

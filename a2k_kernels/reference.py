@@ -31,9 +31,15 @@ def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
 
 def distributed_attention(query, key, value, alpha, beta, *, block_size, num_heads, scale):
     """out_x = sum_z softmax_z(scale <q_x, k_agg_z>) v_agg_z, z over the blocks of the key map."""
-    q, k, v = at_least_float32(query, key, value)
+    k, v = at_least_float32(key, value)
     k_agg, v_agg = block_aggregate(k, v, alpha, beta, block_size=block_size, num_heads=num_heads)
-    q = q.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, H * W, d)
+    return attend_aggregates(query, k_agg, v_agg, scale=scale)
+
+
+def attend_aggregates(query, key_agg, value_agg, *, scale):
+    """out_x = sum_z softmax_z(scale <q_x, k_agg_z>) v_agg_z."""
+    q, k_agg, v_agg = at_least_float32(query, key_agg, value_agg)
+    q = q.flatten(2).unflatten(1, (k_agg.shape[1], -1)).mT  # (B, heads, H * W, d)
     out = (scale * q @ k_agg.mT).softmax(-1) @ v_agg
     return out.mT.flatten(1, 2).unflatten(2, query.shape[-2:]).to(query.dtype)
 

@@ -83,6 +83,12 @@ def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
 def distributed_attention(query, key, value, alpha, beta, *, block_size, num_heads, scale):
     """See reference.distributed_attention."""
     k_agg, v_agg = block_aggregate(key, value, alpha, beta, block_size=block_size, num_heads=num_heads)
+    return attend_aggregates(query, k_agg, v_agg, scale=scale)
+
+
+def attend_aggregates(query, key_agg, value_agg, *, scale):
+    """See reference.attend_aggregates."""
+    k_agg, v_agg, num_heads = key_agg, value_agg, key_agg.shape[1]
     B, _, _, W = query.shape
     # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
     fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64

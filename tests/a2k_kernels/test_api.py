@@ -274,7 +274,7 @@ def test_triton_may_be_absent(operation, monkeypatch):
     monkeypatch.setattr(api, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"^backend is 'triton', but Triton is not installed; choose 'torch'$"):
         make_case(operation).run("triton")
-    assert api.choose_backend(None, gpu_map(), block_size=4, num_heads=2) is torch_backend
+    assert api.backend_for(None, gpu_map(), block_size=4, num_heads=2) is torch_backend
 
 
 def gpu_map(channels: int = 8, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
@@ -288,7 +288,7 @@ def test_automatic_choice():
     from a2k_kernels import ops
 
     def choice(*maps, block_size=4, num_heads=2):
-        return api.choose_backend(None, *maps, block_size=block_size, num_heads=num_heads)
+        return api.backend_for(None, *maps, block_size=block_size, num_heads=num_heads)
 
     assert choice(gpu_map()) is ops
     assert choice(gpu_map(512), gpu_map(512), block_size=16) is ops

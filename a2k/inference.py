@@ -1,0 +1,353 @@
+"""StyA2K prepared for inference: norm() folded into weights, projections fused, everything in tiles and bands.
+
+Same results as `StyA2K.forward` to rounding, in memory bounded by the feature maps of three scales.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from a2k.attention import A2K
+from a2k.images import from_levels, to_levels
+from a2k.model import StyA2K, pad_content, pad_style, padded_size
+from a2k.storage import Storage
+from a2k.tiling import Chain, Conv, MaxPool, Size, Upsample, Window
+from a2k_kernels import attend_aggregates, block_aggregate, progressive_attention
+
+BAND_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a feature map, per band of rows that attention takes at once
+EPS = 1e-5  # of norm()
+
+
+class Statistics:
+    """Mean and unbiased variance per channel of a map that comes in tiles (Chan et al. 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, tile: Tensor) -> None:
+        """tile: (B, C, h, w)."""
+        points = tile.permute(0, 2, 3, 1).flatten(1, 2).float()
+        count, mean = points.shape[1], points.mean(1)
+        squares = (points - mean[:, None]).square_().sum(1).double()
+        difference, total = mean.double() - self.mean, self.count + count
+        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
+
+    @property
+    def center(self) -> Tensor:
+        """(B, C) float32."""
+        return self.mean.float()
+
+    @property
+    def deviation(self) -> Tensor:
+        """sqrt(var + eps): (B, C) float32."""
+        return (self.squares / max(1, self.count - 1) + EPS).sqrt().float()
+
+
+@dataclass(frozen=True)
+class StyleKeys:
+    """What an A2K module needs of a style; all tensors have its batch size.
+
+    key_agg, value_agg: of distributed attention, (B, heads, n, d). key, value: of progressive attention, (B, C, H, W).
+    center, deviation: of the style's channels, (B, C).
+    """
+
+    key_agg: Tensor
+    value_agg: Tensor
+    key: Tensor
+    value: Tensor
+    center: Tensor
+    deviation: Tensor
+
+    def expand(self, batch: int) -> "StyleKeys":
+        """One style for a batch of contents, without copies."""
+        return StyleKeys(*(x.expand(batch, *x.shape[1:]) for x in vars(self).values()))
+
+
+Projection = tuple[Tensor, Tensor]  # weight and bias; a batch of them has one more dimension in front
+
+
+def parameters_of(conv: nn.Conv2d) -> Projection:
+    """Weight (C_out, C_in) and bias (C_out) of a 1x1 convolution, float32."""
+    return conv.weight.detach().flatten(1).float(), conv.bias.detach().float()
+
+
+def of_norm(projection: Projection, center: Tensor, deviation: Tensor, dtype: torch.dtype) -> Projection:
+    """The projections of x that equal the given one of (x - center) / deviation, for a batch of those: (B, C_in).
+
+    The bias makes up for the rounding of the weight to dtype.
+    """
+    weight, bias = projection
+    weight = (weight / deviation[:, None]).to(dtype)
+    return weight, bias - (weight.float() @ center[..., None])[..., 0]
+
+
+def side_by_side(*projections: Projection) -> Projection:
+    """One projection to the outputs of all."""
+    weights, biases = zip(*projections, strict=True)
+    return torch.cat(weights, -2), torch.cat(biases, -1)
+
+
+def project(x: Tensor, projections: Projection) -> Tensor:
+    """x: (B, C_in, H, W) by a batch of B projections."""
+    weight, bias = (parameter.to(x.dtype) for parameter in projections)
+    return join([F.conv2d(x[i : i + 1], weight[i, :, :, None, None], bias[i]) for i in range(len(x))], 0)
+
+
+def join(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
+    """torch.cat, which would copy a single part."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+class FusedA2K:
+    """An A2K module, its norm() folded into the 1x1 convolutions and those of the same input computed as one."""
+
+    def __init__(self, module: A2K) -> None:
+        self.blocks = {"block_size": module.block_size, "num_heads": module.num_heads, "backend": module.backend}
+        self.gate = {"alpha": module.sim_alpha.detach(), "beta": module.sim_beta.detach()}
+        self.backend, self.residual = module.backend, module.residual
+        self.queries = side_by_side(parameters_of(module.q), parameters_of(module.q2))
+        self.keys = parameters_of(module.k), parameters_of(module.k2)
+        self.values = parameters_of(module.v), parameters_of(module.v2)
+        (weight1, bias1), (weight2, bias2) = parameters_of(module.fusion1), parameters_of(module.fusion2)
+        self.fusion = torch.cat([weight1, weight2], 1), bias1 + bias2
+
+    def style_keys(self, style: Tensor, statistics: Statistics) -> StyleKeys:
+        """style: (B, C, H, W) and its statistics."""
+        batch, channels = style.shape[:2]
+        norm = statistics.center, statistics.deviation
+        projections = []
+        for key, (weight, bias) in zip(self.keys, self.values, strict=True):
+            value = weight.to(style.dtype).expand(batch, -1, -1), bias.expand(batch, -1)
+            projections.append(side_by_side(of_norm(key, *norm, style.dtype), value))
+        parts = []
+        for band in self._bands(style):
+            distributed, progressive = (project(band.of(style), projection) for projection in projections)
+            aggregates = block_aggregate(*distributed.split(channels, 1), **self.blocks, **self.gate)
+            parts.append((*aggregates, *progressive.split(channels, 1)))
+        return StyleKeys(*(join(x, 2) for x in zip(*parts, strict=True)), *norm)
+
+    def redraw(self, content: Tensor, statistics: Statistics, style: StyleKeys, strength: float) -> Iterator[int]:
+        """Replace content (B, C, H, W) by x + strength * (A2K(content, style) - x); yields the flops of every band."""
+        channels = content.shape[1]
+        queries = of_norm(self.queries, statistics.center, statistics.deviation, content.dtype)
+        weight, bias = (strength * x.expand(len(content), *x.shape) for x in self.fusion)
+        gain = torch.ones_like(style.deviation)
+        if self.residual == "adain":  # gain * (x - center) + style.center
+            gain = 1 - strength + strength * style.deviation / statistics.deviation
+            bias = bias + strength * (style.center - style.deviation / statistics.deviation * statistics.center)
+        for band in self._bands(content):
+            x = band.of(content)
+            q, q2 = project(x, queries).split(channels, 1)
+            both = torch.cat(
+                [
+                    attend_aggregates(q, style.key_agg, style.value_agg, backend=self.backend),
+                    progressive_attention(q2, style.key, style.value, **self.blocks),
+                ],
+                1,
+            )
+            torch.addcmul(project(both, (weight, bias)), x, gain[..., None, None].to(x.dtype), out=x)
+            yield self.flops(x.shape[-2:], style)
+
+    def flops(self, size: Size, style: StyleKeys) -> int:
+        """Of `redraw`, for one picture: projections, distributed attention, matching, block attention."""
+        channels, keys, points = style.key.shape[1], style.key_agg.shape[2], self.blocks["block_size"] ** 2
+        return size[0] * size[1] * channels * (8 * channels + 4 * keys + 2 * keys + 4 * points)
+
+    def _bands(self, x: Tensor) -> list[Window]:
+        """Whole rows of blocks, of about BAND_ELEMENTS elements."""
+        _, _, height, width = x.shape
+        block_size = self.blocks["block_size"]
+        elements = x[:, :, :block_size].numel()
+        rows = block_size * max(1, BAND_ELEMENTS[x.device.type] // elements)
+        return [Window(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
+
+
+Style = tuple[StyleKeys, ...]  # of scales 3, 4, 5
+Progress = Callable[[int], object]  # takes the floating-point operations, per picture, done since the last call
+
+
+class FusedStyA2K:
+    """A StyA2K network for inference on pictures of any size.
+
+    Args:
+        model: the network; where nothing is folded into its parameters, they are shared.
+        max_memory: bytes that feature maps may take, see `a2k.storage`. None: what is free.
+    """
+
+    def __init__(self, model: StyA2K, max_memory: int | None = None) -> None:
+        self.parameter = next(model.parameters()).detach()
+        self.max_memory = max_memory
+        self.encoder = encoder_chains(model)
+        self.modules = [FusedA2K(module) for module in (model.a2k3, model.a2k4, model.a2k5)]
+        self.decoder = decoder_chains(model)
+
+    @torch.inference_mode()
+    def encode_style(self, image: Tensor, progress: Progress = int) -> Style:
+        """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]."""
+        maps = self._encode(pad_style(image), Storage(self.parameter.device, self.max_memory), progress)
+        return tuple(module.style_keys(*pair) for module, pair in zip(self.modules, maps, strict=True))
+
+    @torch.inference_mode()
+    def stylize(self, content: Tensor, style: Style, strength: float = 1.0, progress: Progress = int) -> Tensor:
+        """Redraw content in the manner of a style.
+
+        content: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]. style: of B pictures or of one. strength: from 0
+        to 1. Returns RGB (B, 3, H, W) of the content's dtype and device; floating-point results are not clamped.
+        Raises ImageError if a uint8 result would have to be NaN.
+        """
+        padded, storage = pad_content(content), Storage(self.parameter.device, self.max_memory)
+        maps = self._encode(padded, storage, progress)
+        if strength:
+            for module, (x, statistics), keys in zip(self.modules, maps, style, strict=True):
+                for flops in module.redraw(x, statistics, keys.expand(len(x)), strength):
+                    progress(flops)
+        out = self._decode(*(x for x, _ in maps), torch.empty_like(padded), storage, progress)
+        return out[:, :, : content.shape[2], : content.shape[3]]
+
+    def work(self, size: Size, style: Style | None = None) -> int:
+        """Floating-point operations of `stylize` for a content of that height and width, or of `encode_style`."""
+        size = padded_size(size) if style else size
+        chains, flops = [*self.encoder, *(self.decoder if style else ())], 0
+        scales = [tuple(-(-side // 2**scale) for side in size) for scale in (0, 2, 3, 3, 2, 2)]
+        for chain, chain_size in zip(chains, scales, strict=False):
+            flops += chain.work(chain_size)
+        for module, scale, keys in zip(self.modules, (2, 3, 4), style or (), strict=False):
+            flops += module.flops(tuple(-(-side // 2**scale) for side in size), keys)
+        return flops
+
+    def _encode(self, image: Tensor, storage: Storage, progress: Progress) -> list[tuple[Tensor, Statistics]]:
+        """relu3_1, relu4_1, relu5_1 and their statistics."""
+
+        def read(window: Window, out: Tensor) -> None:
+            if maps:
+                out.copy_(window.of(maps[-1][0]))
+            else:
+                from_levels(window.of(image), out)
+
+        maps, size = [], tuple(image.shape[-2:])
+        for chain in self.encoder:
+            statistics = Statistics()
+            x = self._run(chain, size, read, len(image), storage, progress, statistics.add)
+            maps.append((x, statistics))
+            size = tuple(x.shape[-2:])
+        return maps
+
+    def _decode(self, x3: Tensor, x4: Tensor, x5: Tensor, out: Tensor, storage: Storage, progress: Progress) -> Tensor:
+        """Fill out, an image (B, 3, 16 h, 16 w), from the A2K outputs at three scales."""
+        merge, join3, paint = self.decoder
+        batch = len(x3)
+
+        def read_merged(window: Window, tile: Tensor) -> None:
+            tile.copy_(window.of(x4)).add_(upsampled(x5, window).to(tile.device))
+
+        def read_joined(window: Window, tile: Tensor) -> None:
+            coarse, fine = tile.split([x.shape[1], x3.shape[1]], 1)
+            coarse.copy_(upsampled(x, window))
+            fine.copy_(window.of(x3))
+
+        x = self._run(merge, tuple(x4.shape[-2:]), read_merged, batch, storage, progress)
+        x = self._run(join3, tuple(x3.shape[-2:]), read_joined, batch, storage, progress)
+
+        def write(window: Window, tile: Tensor) -> None:
+            window.of(out).copy_(tile if out.is_floating_point() else to_levels(tile))
+
+        for flops in paint.run(
+            tuple(x.shape[-2:]), lambda window, tile: tile.copy_(window.of(x)), write, self.parameter.new_empty(batch)
+        ):
+            progress(flops)
+        return out
+
+    def _run(self, chain, size, read, batch, storage, progress, also=lambda tile: None) -> Tensor:
+        """The chain's output as a new map."""
+        x = storage.new_map(batch, chain.layers[-1].channels, chain.sizes(size)[-1], self.parameter.dtype)
+
+        def write(window: Window, tile: Tensor) -> None:
+            window.of(x).copy_(tile)
+            also(tile)
+
+        for flops in chain.run(size, read, write, self.parameter.new_empty(batch)):
+            progress(flops)
+        return x
+
+
+class CompiledStyA2K:
+    """The plain network through torch.compile, whole pictures at once: for a GPU and many pictures of few sizes.
+
+    Same methods as `FusedStyA2K`.
+    """
+
+    def __init__(self, model: StyA2K) -> None:
+        self.parameter = next(model.parameters()).detach()
+        self._encode = torch.compile(model.encoder)
+        self._redraw = torch.compile(model.redraw)
+
+    @torch.inference_mode()
+    def encode_style(self, image: Tensor, progress: Progress = int) -> list[Tensor]:
+        """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]. Returns relu1_1 .. relu5_1."""
+        return self._encode(self._pixels(pad_style(image)))
+
+    @torch.inference_mode()
+    def stylize(self, content: Tensor, style: list[Tensor], strength: float = 1.0, progress: Progress = int) -> Tensor:
+        """See `FusedStyA2K.stylize`."""
+        style = [x.expand(len(content), *x.shape[1:]) for x in style]
+        out = self._redraw(self._pixels(content), style, strength)
+        return out if content.is_floating_point() else to_levels(out)
+
+    def work(self, size: Size, style: list[Tensor] | None = None) -> int:
+        """1: there is nothing to see before the end."""
+        return 1
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        out = torch.empty_like(image, dtype=self.parameter.dtype, memory_format=torch.channels_last)
+        return from_levels(image, out)
+
+
+def upsampled(x: Tensor, window: Window) -> Tensor:
+    """A window of a map upsampled by two."""
+    source = window.halved()
+    return Upsample(x.shape[1])(source.of(x), source, window)
+
+
+def encoder_chains(model: StyA2K) -> list[Chain]:
+    """Image to relu3_1, relu3_1 to relu4_1, relu4_1 to relu5_1."""
+    encoder, chains, layers, channels = model.encoder, [], [], 3
+    for scale, depth in enumerate(encoder.depths, 1):
+        for number in range(1, depth + 1):
+            conv = getattr(encoder, f"conv{scale}_{number}")
+            is_feature = number == 1 and scale >= 3
+            is_pooled = number == depth and scale < 5
+            weight, bias = conv.weight, conv.bias
+            if (scale, number) == (1, 1):
+                weight, bias = after_1x1(encoder.input, conv)
+            layers.append(Conv(weight, bias, relu=is_feature or not is_pooled))
+            if is_feature:
+                chains.append(Chain(layers, channels))
+                layers, channels = [], len(weight)
+            if is_pooled:  # ReLU may follow the maximum, on a quarter of the points
+                layers.append(MaxPool(len(weight), relu=not is_feature))
+    return chains
+
+
+def after_1x1(first: nn.Conv2d, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one convolution that equals a 1x1 convolution and then conv."""
+    weight = torch.einsum("ojyx,ji->oiyx", conv.weight.float(), first.weight[:, :, 0, 0].float())
+    bias = conv.bias + torch.einsum("ojyx,j->o", conv.weight.float(), first.bias.float())
+    return weight.to(conv.weight.dtype), bias.to(conv.bias.dtype)
+
+
+def decoder_chains(model: StyA2K) -> list[Chain]:
+    """Scales 4 and 5 merged to scale 4's output; joined with scale 3 to scale 3's output; from there to the image."""
+    decoder, channels = model.decoder, model.config.channels
+
+    def convs(scale: int) -> list[Conv]:
+        layers = [getattr(decoder, f"conv{scale}_{number}") for number in range(decoder.depths[scale - 1], 0, -1)]
+        return [Conv(x.weight, x.bias, relu=(scale, x) != (1, layers[-1])) for x in layers]
+
+    merge = [Conv(x.weight, x.bias, relu=x is decoder.conv4_1) for x in (decoder.merge, decoder.conv4_1)]
+    paint = [Upsample(channels[1]), *convs(2), Upsample(channels[0]), *convs(1)]
+    return [Chain(merge, channels[3]), Chain(convs(3), 2 * channels[2]), Chain(paint, channels[1])]

@@ -1,0 +1,72 @@
+"""Where feature maps live that are too big for one place."""
+
+import os
+import tempfile
+import weakref
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MARGIN = 1 << 30  # bytes left free for tiles and bands
+
+
+class Storage:
+    """Makes feature maps: on the device, else in the host's memory, else in temporary files mapped into memory.
+
+    Args:
+        device: of the computation.
+        limit: bytes that maps may take in memory; None: what is free on the device, and in the host's memory.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None) -> None:
+        places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
+        self.room = {place: free_memory(place) - MARGIN if limit is None else limit for place in places}
+
+    def new_map(self, batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised channels_last map (batch, channels, *size). Raises MemoryError where there is no room."""
+        shape = (batch, *size, channels)
+        elements = prod(shape)
+        for place, room in self.room.items():
+            if elements * dtype.itemsize <= room:
+                x = torch.empty(elements, dtype=dtype, device=place)
+                self._take(place, x)
+                break
+        else:
+            x = map_file(elements, dtype)
+        return x.view(shape).permute(0, 3, 1, 2)
+
+    def _take(self, place: torch.device, x: Tensor) -> None:
+        """Count x's bytes until it is freed."""
+
+        def free(place: torch.device = place, size: int = x.nbytes) -> None:
+            self.room[place] += size
+
+        self.room[place] -= x.nbytes
+        weakref.finalize(x.untyped_storage(), free)
+
+
+def map_file(elements: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor whose bytes are in a temporary file that goes when the tensor goes."""
+    with tempfile.NamedTemporaryFile(prefix="a2k-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)
+        except OSError as error:
+            raise MemoryError(
+                f"a feature map of {elements * dtype.itemsize / 1e9:.1f} GB fits neither in memory nor in "
+                f"{tempfile.gettempdir()} ({error.strerror}); make room there, set TMPDIR to another folder, or make "
+                "the picture smaller (--size)"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
