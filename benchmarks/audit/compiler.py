@@ -5,14 +5,14 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from triton.compiler import CompiledKernel
 
-from benchmarks.audit import launches, machine_code
+from benchmarks.audit import launches, machine_code, traffic
 from benchmarks.audit.shapes import Layer
 
 BUILD = Path(__file__).parents[2] / "build" / "audit"
@@ -51,7 +51,13 @@ class Task:
 
 
 def describe(launch: launches.Launch) -> dict:
-    return {"kernel": launch.kernel, "grid": launch.grid, "code": read_cached(launch.compiled)}
+    work = traffic.count_work(launch.kernel, launch.grid, launch.arguments)
+    return {
+        "kernel": launch.kernel,
+        "grid": launch.grid,
+        "work": asdict(work),
+        "code": read_cached(launch.compiled),
+    }
 
 
 def read_cached(compiled: CompiledKernel) -> dict:

@@ -29,7 +29,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return hash(self.target)  # Triton keeps one target per device
 
     def get_current_stream(self, device: int) -> int:
         return 0

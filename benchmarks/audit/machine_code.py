@@ -227,8 +227,8 @@ UNITS = {
     "fma": ("FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2"),
     "imad": ("IMAD",),
     "alu": (
-        "LOP3", "IADD3", "ISETP", "LEA", "SHF", "SEL", "FSEL", "FSETP", "FMNMX", "F2FP", "PRMT", "IABS", "VIADD", "SGXT",
-        "VIMNMX", "VIMNMX3", "IMNMX", "PLOP3", "P2R", "R2P", "MOV", "CS2R", "I2FP", "VIADDMNMX",
+        "LOP3", "IADD3", "ISETP", "LEA", "SHF", "SEL", "FSEL", "FSETP", "FMNMX", "F2FP", "PRMT", "IABS", "VIADD",
+        "SGXT", "VIMNMX", "VIMNMX3", "IMNMX", "PLOP3", "P2R", "R2P", "MOV", "CS2R", "I2FP", "VIADDMNMX",
     ),
     "sfu": ("MUFU", "I2F", "F2I", "F2F", "POPC", "FLO"),
 }  # fmt: skip
@@ -237,7 +237,8 @@ UNIT_OF = {name: unit for unit, names in UNITS.items() for name in names}
 
 def count(instructions: list[sass.Instruction]) -> dict[str, int]:
     """Per warp: instructions (issue) and those of every unit, tensor flops by instruction (HMMA, HGMMA), and bytes
-    loaded from and stored to global memory and moved through shared memory if all threads take part."""
+    loaded from and stored to global memory (tile_load: by accesses of 8 bytes or more, which numbers are not) and
+    moved through shared memory, if all threads take part."""
     counts = Counter()
     for x in instructions:
         name = x.opcode.split(".")[0]
@@ -248,6 +249,7 @@ def count(instructions: list[sass.Instruction]) -> dict[str, int]:
             counts["shared"] += operand_bytes(x)
         if is_global_load(x.opcode):
             counts["load"] += WARP * width(x.opcode)
+            counts["tile_load"] += WARP * width(x.opcode) * (width(x.opcode) >= 8)
         if name == "STG":
             counts["store"] += WARP * width(x.opcode)
         if name in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
@@ -259,7 +261,7 @@ def operand_bytes(instruction: sass.Instruction) -> int:
     """Shared memory that an HGMMA reads for its operands, per warp of the four."""
     if not instruction.opcode.startswith("HGMMA"):
         return 0
-    m, n, k = map(int, tensor_name(instruction.opcode).partition(".")[2].split("x"))
+    m, n, _ = map(int, tensor_name(instruction.opcode).partition(".")[2].split("x"))
     a_is_shared = instruction.operands.split(",")[1].strip().startswith("gdesc")
     bytes_of_k = 32  # every shape's k spans 32 bytes
     return (m * a_is_shared + n) * bytes_of_k // 4
