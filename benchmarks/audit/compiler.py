@@ -80,3 +80,10 @@ def run_tasks(tasks: list[Task]) -> Iterator[list[dict]]:
             yield from (future.result() for future in as_completed(pending))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def save(entries: list[dict]) -> None:
+    """Everything that is known, for other tools: build/audit/audit.json."""
+    partial = BUILD / "audit.json.partial"
+    partial.write_text(json.dumps(entries))
+    partial.replace(BUILD / "audit.json")

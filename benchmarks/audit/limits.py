@@ -162,9 +162,10 @@ def kernels(entries: list[dict]) -> list[Kernel]:
     ]
 
 
-def operations(entries: list[dict]) -> list[Operation]:
-    """Of the entries compiled for a GPU that is modelled."""
+def operations(entries: list[dict]) -> tuple[list[Operation], list[str]]:
+    """Of the entries compiled for a GPU that is modelled; and those that cannot be, saying why."""
     found: dict[tuple, Operation] = {}
+    problems = []
     gpus = {gpu.target: gpu for gpu in GPUS}
     for e in entries:
         if e["target"] not in gpus:
@@ -175,13 +176,14 @@ def operations(entries: list[dict]) -> list[Operation]:
         try:
             result = estimate(gpu, e, need)
         except UnknownLoops as error:
-            raise UnknownLoops(f"{name} at {place}: {error}") from None
+            problems.append(f"{name}, {', '.join(map(str, place))}: {error}")
+            continue
         balanced = found.get((*place, name.replace("one", "permutation")))
         found[*place, name] = Operation(
             gpu, e["dtype"], layer, e["picture"], name, len(e["launches"]), e["torch_calls"], result,
             balanced.estimate.seconds if balanced else None,
         )  # fmt: skip
-    return list(found.values())
+    return list(found.values()), problems
 
 
 @dataclass(frozen=True)

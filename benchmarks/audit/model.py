@@ -47,6 +47,8 @@ class UnknownLoops(ValueError):
 def executions(regions: list[dict], loops: list[float]) -> list[float]:
     """How often a program runs through each region. loops: see traffic.Work."""
     count = len(regions) - 1
+    if count < len(loops):  # those that run once are none
+        loops = [n for n in loops if n > 1]
     if count == len(loops):
         return [1, *loops]
     if len(loops) == 1 and count > 1:  # unrolled by the compiler, with a loop for the rest
@@ -79,15 +81,21 @@ def memory_bytes(access: dict, gpu: GPU, resident: int) -> float:
 
 
 def asked_bytes(launch: dict) -> float:
-    """What the compiled loads and stores ask for: bytes that the source reads again count if the code still does."""
-    accesses, work = launch["work"]["accesses"], launch["work"]
-    again = sum(x["bytes"] for x in accesses if x["again"])
-    first = sum(x["bytes"] for x in accesses if not x["again"])
+    """What the compiled loads and stores ask for: tiles that the source reads again count if the code still does."""
+    work = launch["work"]
+    again = [x["bytes"] for x in work["accesses"] if x["again"] and x["is_tile"]]
+    first = sum(x["bytes"] for x in work["accesses"] if not x["again"])
     if not again:
         return first
-    loads = sum(x["bytes"] for x in accesses if x["is_tile"] and not x["is_store"] and not x["again"])
     executed = totals(launch)["tile_load"] * work["active"] * launch["code"]["warps"] / work["padding"]
-    return first + again * min(1, max(0, (executed - loads) / again))
+    passes = round((executed - first_loads(launch)) / max(again))  # small rows, which many threads load, are no pass
+    return first + sum(again) * min(1, max(0, passes / len(again)))
+
+
+def first_loads(launch: dict) -> float:
+    """Bytes of tiles loaded, without those that the same program has just read."""
+    accesses = launch["work"]["accesses"]
+    return sum(x["bytes"] for x in accesses if x["is_tile"] and not x["is_store"] and not x["again"])
 
 
 def launch_memory(gpu: GPU, launch: dict) -> float:
@@ -196,9 +204,8 @@ def is_suspicious(launch: dict) -> bool:
     if not work["active"]:
         return False
     counts, warps = totals(launch), work["active"] * code["warps"]
-    loads = sum(x["bytes"] for x in work["accesses"] if x["is_tile"] and not x["is_store"] and not x["again"])
     products = counts.get("HMMA", 0) + counts.get("HGMMA", 0)
-    too_few = counts.get("tile_load", 0) * warps < 0.99 * loads
+    too_few = counts.get("tile_load", 0) * warps < 0.99 * first_loads(launch)
     return too_few or (products > 0 and not 0.99 <= products * warps / work["flops"] <= MOST_PADDING)
 
 

@@ -101,27 +101,30 @@ def aggregate_backward(grid: tuple[int, ...], a: dict) -> Work:
     points = a["height"] * a["width"] * a["NUM_HEADS"] * grid[1]
     chunks, value_chunks = cover(a["DIM"], a["BLOCK_D"]), cover(a["VALUE_DIM"], a["BLOCK_DV"])
     key, value = points * a["DIM"] * element, points * a["VALUE_DIM"] * element
-    row = programs * a["DIM"] * element
+    row, value_row = programs * a["DIM"] * element, programs * a["VALUE_DIM"] * element
     accesses = [
         load("key", key),
         load("key", key, again=chunks == 1),
         load("value", value),
         load("grad_key_agg", row, is_tile=False),
-        load("grad_value_agg", programs * a["VALUE_DIM"] * element, is_tile=False),
+        load("grad_value_agg", value_row, is_tile=False),
         load("alpha", programs * a["alpha_ptr"].element_size(), is_tile=False),
         load("beta", programs * a["beta_ptr"].element_size(), is_tile=False),
         store("grad_alpha", programs * FLOAT32, is_tile=False),
         store("grad_beta", programs * FLOAT32, is_tile=False),
     ]
     if a["grad_value_ptr"] is not None:
-        accesses.append(store("grad_value", value))
+        accesses += [
+            load("grad_value_agg", value_row, again=value_chunks == 1, is_tile=False),
+            store("grad_value", value),
+        ]
     if a["grad_key_ptr"] is not None:
         accesses += [
             load("key", key, again=chunks == 1),
             load("grad_key_agg", row, again=chunks == 1, is_tile=False),
             store("grad_key", key),
         ]
-    loops = constant_loops(chunks, chunks, value_chunks, chunks)
+    loops = constant_loops(chunks, chunks, value_chunks, chunks, value_chunks)
     return Work(programs, tuple(accesses), loops, padding=chunks * a["BLOCK_D"] / a["DIM"])
 
 
@@ -325,35 +328,46 @@ def add_segments(grid: tuple[int, ...], a: dict) -> Work:
 
 def match(grid: tuple[int, ...], a: dict) -> Work:
     (programs, splits, maps), element = grid, a["query_ptr"].element_size()
-    row = a["DIM"] * element
-    query = a["height"] * a["width"] * maps * row
-    key = a["key_height"] * a["key_width"] * maps * row
-    r, chunks = a["BLOCK_SIZE"] ** 2, cover(a["DIM"], a["BLOCK_D"])
-    tiles = a["tiles_per_split"]
+    row, tiles = maps * a["DIM"] * element, a["tiles_per_split"]
+    depth = a["BLOCK_SIZE"] ** 2 * a["DIM"]
+    query = row * points_with_repeats(a["height"], a["width"], a["BLOCK_SIZE"], programs * a["BLOCK_M"])
+    key_rows = splits * tiles * a["BLOCK_N"]
+    key = row * points_with_repeats(a["key_height"], a["key_width"], a["BLOCK_SIZE"], key_rows)
     results = splits * maps * a["num_blocks"]
     return Work(
         programs * splits * maps,
         (
-            load("query", query * splits * tiles, window=a["BLOCK_M"] * r * row, once=query * splits),
+            load("query", query * splits * tiles, window=a["BLOCK_M"] * depth * element, once=query * splits),
             load("key", key * programs, in_step=programs),
             store("score", results * FLOAT32, is_tile=False),
             store("index", results * INT32, is_tile=False),
         ),
-        loops=(tiles, tiles * r * chunks),
-        flops=2 * maps * a["num_blocks"] * a["num_key_blocks"] * r * a["DIM"],
+        loops=(tiles, tiles * cover(depth, a["BLOCK_K"])),
+        flops=2 * maps * a["num_blocks"] * a["num_key_blocks"] * depth,
     )
+
+
+def points_with_repeats(height: int, width: int, block_size: int, count: int) -> int:
+    """Points of `count` blocks, of which those beyond the last are the last."""
+    sizes = block_sizes(height, width, block_size)
+    return sizes.sum().item() + (count - len(sizes)) * sizes[-1].item()
 
 
 def best_split(grid: tuple[int, ...], a: dict) -> Work:
     size = a["count"] * a["SPLITS"] * FLOAT32
-    accesses = (load("score", size), load("index", size), store("out", a["count"] * INT32))
+    accesses = (
+        load("score", size, is_tile=False),
+        load("index", size, is_tile=False),
+        store("out", a["count"] * INT32, is_tile=False),
+    )
     return Work(grid[0], accesses, loops=constant_loops(a["SPLITS"] - 1))
 
 
 def attend_forward(grid: tuple[int, ...], a: dict) -> Work:
     programs, element = grid[0] * grid[1], a["query_ptr"].element_size()
     points = a["height"] * a["width"] * a["NUM_HEADS"] * grid[1]
-    key, value = (programs * a["num_keys"] * a[d] * element for d in ("DIM", "VALUE_DIM"))
+    rows = programs * cover(a["num_keys"], a["BLOCK_N"]) * a["BLOCK_N"] * element  # the last is repeated
+    key, value = rows * a["DIM"], rows * a["VALUE_DIM"]
     pairs = points * a["num_keys"]
     return Work(
         programs,
@@ -364,7 +378,7 @@ def attend_forward(grid: tuple[int, ...], a: dict) -> Work:
             store("out", points * a["VALUE_DIM"] * element),
             store("lse", points * FLOAT32, is_tile=False),
         ),
-        loops=(cover(a["num_keys"], a["BLOCK_N"]),),
+        loops=(a["num_keys"] // a["BLOCK_N"],),
         flops=2 * pairs * (a["DIM"] + a["VALUE_DIM"]),
         exponentials=pairs,
     )
@@ -373,7 +387,8 @@ def attend_forward(grid: tuple[int, ...], a: dict) -> Work:
 def attend_backward_query(grid: tuple[int, ...], a: dict) -> Work:
     programs, element = grid[0] * grid[1], a["query_ptr"].element_size()
     points = a["height"] * a["width"] * a["NUM_HEADS"] * grid[1]
-    key, value = (programs * a["num_keys"] * a[d] * element for d in ("DIM", "VALUE_DIM"))
+    rows = programs * cover(a["num_keys"], a["BLOCK_N"]) * a["BLOCK_N"] * element  # the last is repeated
+    key, value = rows * a["DIM"], rows * a["VALUE_DIM"]
     pairs = points * a["num_keys"]
     return Work(
         programs,
@@ -396,13 +411,14 @@ def attend_backward_key(grid: tuple[int, ...], a: dict) -> Work:
     (key_tiles, splits, maps), element = grid, a["query_ptr"].element_size()
     points = a["height"] * a["width"] * maps
     key, value = (a["num_keys"] * maps * a[d] for d in ("DIM", "VALUE_DIM"))
+    rows = key_tiles * a["BLOCK_N"] * maps * splits * element  # the last is repeated
     pairs = points * a["num_keys"]
     read = points * key_tiles * element
     return Work(
         key_tiles * splits * maps,
         (
-            load("key", key * splits * element),
-            load("value", value * splits * element),
+            load("key", rows * a["DIM"]),
+            load("value", rows * a["VALUE_DIM"]),
             load("query", read * a["DIM"], in_step=key_tiles),
             load("out", read * a["VALUE_DIM"], in_step=key_tiles),
             load("grad_out", read * a["VALUE_DIM"], in_step=key_tiles),

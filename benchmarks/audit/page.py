@@ -1,0 +1,213 @@
+"""docs/gpu-audit.md, from what was compiled and modelled."""
+
+import platform
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import triton
+
+from benchmarks.audit import limits, machine_code, model
+from benchmarks.audit.limits import Kernel, Operation, Verdict
+from benchmarks.audit.shapes import DTYPES, TARGETS
+
+MICRO = 1e6
+OPERATIONS = (
+    "block_match",
+    "block_aggregate",
+    "block_aggregate backward",
+    "distributed_attention",
+    "distributed_attention backward",
+    "block_attention, permutation",
+    "block_attention backward, permutation",
+    "block_attention backward, uniform",
+    "block_attention backward, one",
+)
+
+
+def table(header: list[str], rows: Iterable[list]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def render(compiled: list[Kernel], modelled: list[Operation], verdicts: list[Verdict]) -> str:
+    parts = [
+        INTRODUCTION.format(triton=triton.__version__, torch=torch.__version__, python=platform.python_version()),
+        "## Limits\n",
+        limit_table(verdicts),
+        broken_list(verdicts),
+        "## Kernels: registers, spills, shared memory, occupancy\n",
+        RESOURCES,
+        *(f"### {dtype}\n\n{resource_table([x for x in compiled if x.dtype == dtype])}" for dtype in DTYPES),
+        "## Kernels: tensor-core instructions and width of accesses\n",
+        WIDTHS,
+        instruction_table(compiled),
+        "## Modelled times\n",
+        assumptions(),
+        worst_ratio_table(modelled),
+        *(operation_section(name, modelled) for name in OPERATIONS),
+    ]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+INTRODUCTION = """# GPU audit
+
+Written by `make audit` (`python -m benchmarks.audit`), with Triton {triton}, PyTorch {torch} and Python {python}: do
+not edit. No GPU was used. The kernels' launchers ran with a stand-in for the GPU's driver, every kernel was compiled
+for every target at every distinct configuration that the StyA2K networks need (relu3, relu4, relu5 of square
+pictures of 256 to 4096 px for the VGG and the lite network, forward and backward; the four shapes of the losses at
+256 px, forward), and the machine code was read. Maps are channels_last, content and style of the same size, batch 1,
+float32 products exact. Registers, spills, shared memory, occupancy and instructions are the compiler's. **All times
+are modelled, none was measured**; how is said under [Modelled times](#modelled-times).
+"""
+
+RESOURCES = """Worst over all shapes: registers a thread / spilled registers (bytes on NVIDIA) / KiB of shared memory /
+least occupancy in %.
+"""
+
+WIDTHS = """bfloat16, over all shapes: tensor-core instructions, and bytes of the widest load and store.
+"""
+
+
+def limit_table(verdicts: list[Verdict]) -> str:
+    rows = []
+    for x in verdicts:
+        value = "none audited" if x.worst is None else number(x.limit.value(x.worst)) + x.limit.unit
+        where = "" if x.worst is None else place(x.worst)
+        verdict = f"**broken by {len(x.broken)}**" if x.broken else "kept"
+        rows.append([x.limit.name, number(x.limit.most) + x.limit.unit, value, where, verdict])
+    return table(["Limit (at most)", "limit", "worst", "where", "verdict"], rows)
+
+
+def broken_list(verdicts: list[Verdict], most: int = 12) -> str:
+    """The worst cases of every broken limit."""
+    lines = []
+    for verdict in verdicts:
+        worst = sorted(verdict.broken, key=verdict.limit.value, reverse=True)
+        if worst:
+            lines.append(f"Broken: {verdict.limit.name}\n")
+            lines += [f"- {number(verdict.limit.value(x))}: {place(x)}" for x in worst[:most]]
+            lines += [f"- and {len(worst) - most} more"] * (len(worst) > most)
+            lines.append("")
+    return "\n".join(lines)
+
+
+def number(x: float) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x:,.0f}"
+
+
+def place(x: Kernel | Operation) -> str:
+    where = x.target if isinstance(x, Kernel) else x.gpu.name
+    return f"{x.name}, {x.layer.name}, {x.picture} px, {x.dtype}, {where}"
+
+
+def by_name_and_target(compiled: list[Kernel]) -> dict[str, dict[str, list[dict]]]:
+    found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for x in compiled:
+        found[x.name][x.target].append(x.code)
+    return found
+
+
+def resource_table(compiled: list[Kernel]) -> str:
+    def worst(codes: list[dict]) -> str:
+        highest = (max(code[name] for code in codes) for name in ("registers", "spilled", "shared"))
+        registers, spilled, shared = highest
+        occupancy = min(code["occupancy"] for code in codes)
+        return f"{registers} / {spilled} / {shared / limits.KIB:.3g} / {100 * occupancy:.0f}"
+
+    return kernel_table(compiled, worst)
+
+
+def instruction_table(compiled: list[Kernel]) -> str:
+    def used(codes: list[dict]) -> str:
+        names = sorted({name for code in codes for name in code["tensor"]})
+        short = ", ".join(sorted({name.split(".")[0].removeprefix("v_").partition("_")[0] for name in names}))
+        widths = (min(max(map(int, code[kind]), default=0) for code in codes) for kind in ("loads", "stores"))
+        return f"{short or '-'} {'/'.join(map(str, widths))}"
+
+    return kernel_table([x for x in compiled if x.dtype == "bfloat16"], used)
+
+
+def kernel_table(compiled: list[Kernel], cell) -> str:
+    targets = [target for target in TARGETS if any(x.target == target for x in compiled)]
+    rows = [
+        [name.removesuffix("_kernel"), *(cell(codes[target]) if target in codes else "" for target in targets)]
+        for name, codes in sorted(by_name_and_target(compiled).items())
+    ]
+    return table(["kernel", *targets], rows) if rows else ""
+
+
+def assumptions() -> str:
+    return f"""A launch takes as long as the busiest of these resources, as if all others were hidden behind it; an
+operation as long as its launches together. What it costs to launch (2 to 5 us each, where no CUDA graph removes it),
+to fill the GPU and to drain it is left out; the column *launches* says how many there are, and how many more
+operators of PyTorch, which are charged for the bytes of their operands and results.
+
+- **memory**: the bytes counted, at {model.SUSTAINED:.0%} of the memory's bandwidth. Counted means: what the kernels'
+  loads and stores ask for, masked lanes left out, re-reads included (a test compares the counts with what Triton's
+  interpreter sees). Three kinds of re-reads are taken to be served by the second-level cache: of programs that walk
+  over the same bytes side by side (the aggregated keys of distributed_attention, the queries of its backward, the
+  keys of block_match); of query tiles of block_match while those of all running programs fit
+  {model.CACHE_SHARE:.0%} of the cache; of what a program itself has just read.
+- **cache**: all bytes asked for, at {model.CACHE_BYTES:,.0f} bytes a cycle (5,120 by NVIDIA's A100 white paper, of
+  which microbenchmarks see about 60%).
+- **issue**: the instructions of the machine code, each loop's times its iterations, predicated ones included, one per
+  scheduler and cycle; both sides of a branch count. **fma**, **integer**, **special** (exponentials, conversions):
+  those of a unit, at its width by the CUDA programming guide. **shared**: bytes through shared memory, at
+  {model.SHARED_BYTES} a cycle, without bank conflicts.
+- **tensor**: the flops of the tensor-core instructions, padding included. HMMA reaches 62.9% of the peak on H100
+  (Luo et al. 2025, arXiv 2501.12084), HGMMA all of it.
+- **latency**: waves of programs, the last one full or not, times the cycles of a warp that runs alone: the compiler's
+  stall counts and scoreboards, with {machine_code.LATENCY["memory"]} cycles for loads from memory and
+  {machine_code.LATENCY["L2"]} from the cache (Luo et al. measure 480 and 270 on an idle H100). In the form of
+  Little's law: the bytes that the running programs have in flight against bandwidth times latency.
+
+The busiest processor's share of the programs counts (with few programs some processors get one more). GPUs:
+{"; ".join(f"{x.name}: {x.processors} processors, {x.clock / 1e9:.3g} GHz, {x.memory / 1e12:.4g} TB/s" for x in model.GPUS)}.
+
+The **floor** is the largest of: compulsory bytes at the same {model.SUSTAINED:.0%} of the bandwidth, useful flops of
+the products at the peak (float32: of the multiply-add units), exponentials at the special units' rate. Compulsory:
+query and output once, key and value once, for block_attention once per pair of a query block and the key block it
+chose; backward, the inputs and the upstream gradient once and the gradients once.
+"""
+
+
+def worst_ratio_table(modelled: list[Operation]) -> str:
+    """Largest modelled time over floor from 1024 px on."""
+    columns = [(gpu, dtype) for gpu in model.GPUS for dtype in DTYPES]
+    rows = []
+    for name in OPERATIONS:
+        row = [name]
+        for gpu, dtype in columns:
+            cases = [
+                x for x in modelled if (x.name, x.gpu, x.dtype) == (name, gpu, dtype) and x.picture >= limits.LARGE
+            ]
+            worst = max(cases, key=lambda x: x.estimate.ratio, default=None)
+            row.append(f"{worst.estimate.ratio:.2f} {worst.estimate.bound}" if worst else "")
+        rows.append(row)
+    header = ["from 1024 px", *(f"{gpu.name.split()[0]} {dtype}" for gpu, dtype in columns)]
+    return "Worst modelled time over floor, and what binds:\n\n" + table(header, rows)
+
+
+def operation_section(name: str, modelled: list[Operation]) -> str:
+    """One operation at all sizes in bfloat16."""
+    cases: dict[tuple[str, int], dict[str, Operation]] = defaultdict(dict)
+    for x in modelled:
+        if x.name == name and x.dtype == "bfloat16":
+            cases[x.layer.name, x.picture][x.gpu.name] = x
+    gpus = [gpu for gpu in model.GPUS if any(gpu.name in found for found in cases.values())]
+    header = ["bfloat16", "launches", "MB compulsory", "asked for", "GFLOP"]
+    for gpu in gpus:
+        header += [f"{gpu.name.split()[0]} floor, us", "modelled, us", "ratio", "bound"]
+    rows = []
+    for (layer, picture), found in cases.items():
+        first = next(iter(found.values()))
+        need = first.estimate.need
+        calls = f"{first.launches} + {first.torch_calls}" if first.torch_calls else first.launches
+        row = [f"{layer}, {picture} px", calls, number(need.bytes / 1e6), f"{first.estimate.asked / need.bytes:.2f}x",
+               number((need.products + need.other) / 1e9)]  # fmt: skip
+        for gpu in gpus:
+            x = found[gpu.name].estimate
+            row += [number(x.floor_seconds * MICRO), number(x.seconds * MICRO), f"{x.ratio:.2f}", x.bound]
+        rows.append(row)
+    return f"### {name}\n\n{table(header, rows)}" if rows else ""
