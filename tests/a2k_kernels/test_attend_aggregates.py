@@ -1,0 +1,78 @@
+"""attend_aggregates is the second half of distributed_attention, and refuses what does not fit."""
+
+import pytest
+import torch
+from cases import LAYOUTS, assert_near, fresh_seeds, make_case
+
+from a2k_kernels import attend_aggregates, block_aggregate, distributed_attention
+
+GEOMETRIES = (
+    {"d_k": 3, "d_v": 5, "query_size": (7, 10), "key_size": (9, 6)},
+    {"d_k": 8, "d_v": 8, "query_size": (1, 3), "key_size": (17, 3), "heads": 3},
+    {"d_k": 24, "d_v": 16, "query_size": (13, 5), "key_size": (2, 3), "batch": 1},
+)
+BACKENDS = ("reference", "torch", "triton")
+
+
+def backend_or_skip(backend: str) -> str:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    return backend
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(3))
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda x: f"{x['d_k']}-{x['d_v']}")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_half_of_distributed_attention(backend, geometry, seed):
+    """Outputs and gradients, for any layout of the query."""
+    backend_or_skip(backend)
+    layout = LAYOUTS[seed % len(LAYOUTS)]
+    case = make_case("distributed_attention", **geometry, layouts=(layout, "contiguous", "contiguous"), seed=seed)
+    query, key, value, alpha, beta = (case.tensors[name] for name in ("query", "key", "value", "alpha", "beta"))
+    blocks = {"block_size": case.options["block_size"], "num_heads": case.options["num_heads"]}
+    expected = distributed_attention(
+        query, key, value, alpha=alpha, beta=beta, scale=0.3, backend="reference", **blocks
+    )
+    aggregates = block_aggregate(key, value, alpha=alpha, beta=beta, backend="reference", **blocks)
+    actual = attend_aggregates(query, *aggregates, scale=0.3, backend=backend)
+    assert_near(actual, expected, 1e-5, "out")
+    assert actual.stride() == expected.stride()
+    inputs = (query, key, value)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+    gradients = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (actual, expected))
+    for name, ours, theirs in zip(("query", "key", "value"), *gradients, strict=True):
+        assert_near(ours, theirs, 1e-5, name)
+
+
+@pytest.mark.parametrize("backend", ("reference", "torch"))
+def test_gradients_are_exact(backend):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, 3, 4), (2, 2, 5, 3), (2, 2, 5, 4))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    assert torch.autograd.gradcheck(lambda *x: attend_aggregates(*x, scale=0.5, backend=backend), inputs)
+
+
+def test_one_set_of_keys_serves_a_batch():
+    query, keys, values = torch.randn(3, 6, 4, 5), torch.randn(1, 2, 7, 3), torch.randn(1, 2, 7, 2)
+    out = attend_aggregates(query, keys.expand(3, -1, -1, -1), values.expand(3, -1, -1, -1))
+    for i in range(3):
+        torch.testing.assert_close(out[i : i + 1], attend_aggregates(query[i : i + 1], keys, values))
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    (
+        ({"key_agg": torch.ones(2, 2, 3)}, ValueError, r"key_agg has shape \(2, 2, 3\); it must be"),
+        ({"value_agg": torch.ones(2, 2, 0, 3)}, ValueError, r"value_agg has shape \(2, 2, 0, 3\)"),
+        ({"value_agg": torch.ones(2, 2, 6, 3)}, ValueError, r"value_agg has \(2, 6\) heads and keys but key_agg"),
+        ({"query": torch.ones(2, 8, 4, 5)}, ValueError, "query has 8 channels but key_agg has 2 heads of 3"),
+        ({"query": torch.ones(1, 6, 4, 5)}, ValueError, "key_agg has batch size 2 but query has 1"),
+        ({"query": torch.ones(2, 6, 4, 5).half()}, TypeError, "key_agg is torch.float32 but query is torch.float16"),
+        ({"key_agg": None}, TypeError, "key_agg must be a tensor"),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda'; choose one of"),
+    ),
+)
+def test_what_does_not_fit(changes, error, message):
+    inputs = {"query": torch.ones(2, 6, 4, 5), "key_agg": torch.ones(2, 2, 5, 3), "value_agg": torch.ones(2, 2, 5, 3)}
+    with pytest.raises(error, match=message):
+        attend_aggregates(**(inputs | changes))
