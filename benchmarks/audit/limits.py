@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.audit.model import GPUS, Estimate, GPU, UnknownLoops, estimate, operation_need
+from benchmarks.audit.model import GPU, GPUS, Estimate, UnknownLoops, estimate, operation_need
 from benchmarks.audit.shapes import LAYERS, Layer
 
 LAYER = {layer.name: layer for layer in LAYERS}
@@ -101,7 +101,20 @@ LIMITS = (
         " KiB",
     ),
     Limit("kernels without tensor cores", Kernel, multiplies_blocks, lambda x: not x.code["tensor"], 0),
-    Limit("16 bytes / widest access", Kernel, lambda x: x.name not in NO_MAP, narrowest, 1),
+    Limit(
+        "16 bytes / widest access, NVIDIA",
+        Kernel,
+        lambda x: x.target.startswith("sm_") and x.name not in NO_MAP,
+        narrowest,
+        1,
+    ),
+    Limit(
+        "16 bytes / widest access, gfx942",
+        Kernel,
+        lambda x: not x.target.startswith("sm_") and x.name not in NO_MAP,
+        narrowest,
+        1,
+    ),
     Limit(
         "bytes asked for / compulsory: aggregate, block_attention, forward and backward, from 1024 px",
         Operation,
@@ -179,7 +192,7 @@ def operations(entries: list[dict]) -> tuple[list[Operation], list[str]]:
             problems.append(f"{name}, {', '.join(map(str, place))}: {error}")
             continue
         balanced = found.get((*place, name.replace("one", "permutation")))
-        found[*place, name] = Operation(
+        found[(*place, name)] = Operation(
             gpu, e["dtype"], layer, e["picture"], name, len(e["launches"]), e["torch_calls"], result,
             balanced.estimate.seconds if balanced else None,
         )  # fmt: skip

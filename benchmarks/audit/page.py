@@ -138,6 +138,9 @@ def kernel_table(compiled: list[Kernel], cell) -> str:
 
 
 def assumptions() -> str:
+    gpus = (
+        f"{x.name}: {x.processors} processors, {x.clock / 1e9:.3g} GHz, {x.memory / 1e12:.4g} TB/s" for x in model.GPUS
+    )
     return f"""A launch takes as long as the busiest of these resources, as if all others were hidden behind it; an
 operation as long as its launches together. What it costs to launch (2 to 5 us each, where no CUDA graph removes it),
 to fill the GPU and to drain it is left out; the column *launches* says how many there are, and how many more
@@ -163,7 +166,7 @@ operators of PyTorch, which are charged for the bytes of their operands and resu
   Little's law: the bytes that the running programs have in flight against bandwidth times latency.
 
 The busiest processor's share of the programs counts (with few programs some processors get one more). GPUs:
-{"; ".join(f"{x.name}: {x.processors} processors, {x.clock / 1e9:.3g} GHz, {x.memory / 1e12:.4g} TB/s" for x in model.GPUS)}.
+{"; ".join(gpus)}.
 
 The **floor** is the largest of: compulsory bytes at the same {model.SUSTAINED:.0%} of the bandwidth, useful flops of
 the products at the peak (float32: of the multiply-add units), exponentials at the special units' rate. Compulsory:

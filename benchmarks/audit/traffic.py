@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a2k_kernels.blocks import count_blocks
-
 FLOAT32 = INT32 = 4
 
 
