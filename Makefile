@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench gpu-check clean
+.PHONY: demo test test-all lint bench audit audit-quick gpu-check clean
 
 demo: $(INSTALLED)  ## redraw the demo photos in the demo styles, into demo/out/
 	$(BIN)/python demo/run.py
@@ -20,6 +20,12 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks
+
+audit: $(INSTALLED)  ## compile every GPU kernel for every target, model its time, write docs/gpu-audit.md
+	$(BIN)/python -m benchmarks.audit
+
+audit-quick: $(INSTALLED)  ## a part of it, which `make test` runs too
+	$(BIN)/python -m benchmarks.audit --quick
 
 gpu-check: $(INSTALLED)  ## tests, benchmarks and memory on a GPU, in one file to send
 	$(BIN)/python benchmarks/gpu_check.py

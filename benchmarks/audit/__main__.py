@@ -25,18 +25,30 @@ CHOICES = {
 }
 
 
+QUICK = {
+    "target": ("sm_80", "sm_90", "gfx942"),
+    "dtype": ("bfloat16",),
+    "layer": ("vgg relu3",),
+    "picture": (1024,),
+}
+
+
 def parse_arguments() -> argparse.Namespace:
     """Every option narrows the audit."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.audit",
         description="Compile, read and model the GPU kernels without a GPU, and compare them with their limits. Writes "
-        "docs/gpu-audit.md, or prints it where an option narrows the audit. Fails where a limit is broken.",
+        "docs/gpu-audit.md, or prints the page where an option narrows the audit. Fails where a limit is broken.",
     )
     for name, choices in CHOICES.items():
         kind = int if name == "picture" else str
         parser.add_argument(f"--{name}", type=kind, choices=choices, nargs="+", default=choices, metavar="X",
                             help=f"only these of {', '.join(map(str, choices))}")  # fmt: skip
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a part that takes less than two minutes")
+    options = parser.parse_args()
+    if options.quick:
+        vars(options).update(QUICK)
+    return options
 
 
 def in_order(entry: dict) -> tuple[int, ...]:

@@ -62,9 +62,11 @@ def multiplies_blocks(x: Kernel) -> bool:
 
 
 def narrowest(x: Kernel) -> float:
-    """16 over the widest access with which the kernel reads maps, or writes them, whichever is narrower."""
+    """How many times narrower than 512 bytes a warp, 16 for each of NVIDIA's 32 threads, are the widest accesses with
+    which the kernel reads maps, or writes them."""
     kinds = ["loads"] if x.name in NO_MAP_WRITTEN else ["loads", "stores"]
-    return 16 / min(max(map(int, x.code[kind])) for kind in kinds)
+    threads = 32 if x.target.startswith("sm_") else 64
+    return 512 / threads / min(max(map(int, x.code[kind])) for kind in kinds)
 
 
 NO_MAP_WRITTEN = ("block_match_kernel", "block_aggregate_fwd_kernel")
@@ -101,20 +103,7 @@ LIMITS = (
         " KiB",
     ),
     Limit("kernels without tensor cores", Kernel, multiplies_blocks, lambda x: not x.code["tensor"], 0),
-    Limit(
-        "16 bytes / widest access, NVIDIA",
-        Kernel,
-        lambda x: x.target.startswith("sm_") and x.name not in NO_MAP,
-        narrowest,
-        1,
-    ),
-    Limit(
-        "16 bytes / widest access, gfx942",
-        Kernel,
-        lambda x: not x.target.startswith("sm_") and x.name not in NO_MAP,
-        narrowest,
-        1,
-    ),
+    Limit("512 bytes / widest access of a warp", Kernel, lambda x: x.name not in NO_MAP, narrowest, 1),
     Limit(
         "bytes asked for / compulsory: aggregate, block_attention, forward and backward, from 1024 px",
         Operation,

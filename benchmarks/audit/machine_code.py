@@ -74,12 +74,11 @@ def read_nvidia(compiled: CompiledKernel) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        (resources,) = resusage.parse(run_tool("cuobjdump", "--dump-resource-usage", file.name)).values()
-        (function,) = sass.parse_gi(run_tool("nvdisasm", "-c", file.name)).functions.values()
-        regions = []
-        if metadata.target.arch in MODELLED:
-            controls = ctrl.parse_sass_controls(run_tool("cuobjdump", "-sass", file.name))[function.name]
-            regions = read_regions(function, controls)
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        listing = run_tool("nvdisasm", "-c", "-hex", file.name)
+    (resources,) = resusage.parse(usage).values()
+    (function,) = sass.parse_gi(listing).functions.values()
+    (controls,) = ctrl.parse_sass_controls(f"Function : {function.name}\n{listing}").values()
     occupancy = cuxray.compute(
         cuxray.lookup(f"sm_{metadata.target.arch}"),
         resources.reg,
@@ -96,7 +95,7 @@ def read_nvidia(compiled: CompiledKernel) -> dict:
         "tensor": sorted({name for x in function.instructions if (name := tensor_name(x.opcode))}),
         "loads": dict(Counter(width(x.opcode) for x in function.instructions if is_global_load(x.opcode))),
         "stores": dict(Counter(width(x.opcode) for x in function.instructions if x.opcode.startswith("STG"))),
-        "regions": regions,
+        "regions": read_regions(function, controls) if metadata.target.arch in MODELLED else [],
     }
 
 

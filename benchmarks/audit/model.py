@@ -161,8 +161,9 @@ class Need:
 @dataclass(frozen=True)
 class Estimate:
     """An operation on one GPU. memory and asked: bytes that memory moves and that the loads and stores ask for, both
-    with PyTorch's; seconds: modelled; bound: what binds its longest launch; suspicious: launches whose machine code
-    moves or computes less than the source asks for, or far more, so that the count of one of them is wrong."""
+    with PyTorch's; seconds: modelled; bound: what binds its longest launch; in_flight: the bytes that launch has under
+    way, over memory's bandwidth times latency; suspicious: launches whose machine code moves or computes less than
+    the source asks for, or far more, so that the count of one of them is wrong."""
 
     need: Need
     floor: dict[str, float]
@@ -170,6 +171,7 @@ class Estimate:
     asked: float
     seconds: float
     bound: str
+    in_flight: float
     suspicious: tuple[str, ...]
 
     @property
@@ -194,6 +196,7 @@ def estimate(gpu: GPU, entry: dict, need: Need) -> Estimate:
         moved + sum(asked_bytes(x) for x in entry["launches"]),
         sum(max(x.values()) for x in times) + moved / (SUSTAINED * gpu.memory),
         max(longest, key=longest.get),
+        longest["memory"] / longest["latency"],
         tuple(x["kernel"] for x in entry["launches"] if is_suspicious(x)),
     )
 

@@ -39,6 +39,8 @@ def render(compiled: list[Kernel], modelled: list[Operation], verdicts: list[Ver
         "## Kernels: registers, spills, shared memory, occupancy\n",
         RESOURCES,
         *(f"### {dtype}\n\n{resource_table([x for x in compiled if x.dtype == dtype])}" for dtype in DTYPES),
+        "## Kernels by shape: sm_90, bfloat16\n",
+        shape_table([x for x in compiled if (x.target, x.dtype) == ("sm_90", "bfloat16")]),
         "## Kernels: tensor-core instructions and width of accesses\n",
         WIDTHS,
         instruction_table(compiled),
@@ -65,7 +67,9 @@ RESOURCES = """Worst over all shapes: registers a thread / spilled registers (by
 least occupancy in %.
 """
 
-WIDTHS = """bfloat16, over all shapes: tensor-core instructions, and bytes of the widest load and store.
+WIDTHS = """bfloat16, over all shapes: tensor-core instructions, and bytes a thread moves with the widest load and
+store. A warp has 32 threads on NVIDIA and 64 on gfx942, where 8 bytes each are the same 512 bytes an instruction.
+block_match writes and best_split reads and writes two numbers a block, block_aggregate_fwd writes one row.
 """
 
 
@@ -118,6 +122,23 @@ def resource_table(compiled: list[Kernel]) -> str:
     return kernel_table(compiled, worst)
 
 
+def shape_table(compiled: list[Kernel]) -> str:
+    """One row per kernel, layer and machine code; sizes of the picture with the same figures share it."""
+    rows: dict[tuple, list[int]] = defaultdict(list)
+    for x in compiled:
+        code = x.code
+        widths = "/".join(str(max(map(int, code[kind]), default=0)) for kind in ("loads", "stores"))
+        figures = (code["warps"], code["registers"], code["spilled"], f"{code['shared'] / limits.KIB:.3g}",
+                   f"{100 * code['occupancy']:.0f}", code["limited_by"].replace("+", ", "),
+                   ", ".join(code["tensor"]) or "-", widths)  # fmt: skip
+        pictures = rows[(x.name.removesuffix("_kernel"), x.layer.name, *figures)]
+        if x.picture not in pictures:
+            pictures.append(x.picture)
+    header = ["kernel", "layer", "px", "warps", "registers", "spilled", "KiB shared", "occupancy, %", "limited by",
+              "tensor cores", "bytes a load/store"]  # fmt: skip
+    return table(header, [[*key[:2], ", ".join(map(str, px)), *key[2:]] for key, px in sorted(rows.items())])
+
+
 def instruction_table(compiled: list[Kernel]) -> str:
     def used(codes: list[dict]) -> str:
         names = sorted({name for code in codes for name in code["tensor"]})
@@ -162,8 +183,9 @@ operators of PyTorch, which are charged for the bytes of their operands and resu
   (Luo et al. 2025, arXiv 2501.12084), HGMMA all of it.
 - **latency**: waves of programs, the last one full or not, times the cycles of a warp that runs alone: the compiler's
   stall counts and scoreboards, with {machine_code.LATENCY["memory"]} cycles for loads from memory and
-  {machine_code.LATENCY["L2"]} from the cache (Luo et al. measure 480 and 270 on an idle H100). In the form of
-  Little's law: the bytes that the running programs have in flight against bandwidth times latency.
+  {machine_code.LATENCY["L2"]} from the cache (Luo et al. measure 480 and 270 on an idle H100). By Little's law this
+  compares the bytes that the running programs have in flight with bandwidth times latency; their quotient, for the
+  longest launch, is the column *in flight*: below 1, memory waits for the programs.
 
 The busiest processor's share of the programs counts (with few programs some processors get one more). GPUs:
 {"; ".join(gpus)}.
@@ -201,7 +223,7 @@ def operation_section(name: str, modelled: list[Operation]) -> str:
     gpus = [gpu for gpu in model.GPUS if any(gpu.name in found for found in cases.values())]
     header = ["bfloat16", "launches", "MB compulsory", "asked for", "GFLOP"]
     for gpu in gpus:
-        header += [f"{gpu.name.split()[0]} floor, us", "modelled, us", "ratio", "bound"]
+        header += [f"{gpu.name.split()[0]} floor, us", "modelled, us", "ratio", "bound", "in flight"]
     rows = []
     for (layer, picture), found in cases.items():
         first = next(iter(found.values()))
@@ -211,6 +233,12 @@ def operation_section(name: str, modelled: list[Operation]) -> str:
                number((need.products + need.other) / 1e9)]  # fmt: skip
         for gpu in gpus:
             x = found[gpu.name].estimate
-            row += [number(x.floor_seconds * MICRO), number(x.seconds * MICRO), f"{x.ratio:.2f}", x.bound]
+            row += [
+                number(x.floor_seconds * MICRO),
+                number(x.seconds * MICRO),
+                f"{x.ratio:.2f}",
+                x.bound,
+                f"{x.in_flight:.1f}x",
+            ]
         rows.append(row)
     return f"### {name}\n\n{table(header, rows)}" if rows else ""
