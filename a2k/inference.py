@@ -14,7 +14,7 @@ from a2k.attention import A2K
 from a2k.images import from_levels, to_levels
 from a2k.model import StyA2K, pad_content, pad_style, padded_size
 from a2k.storage import Storage
-from a2k.tiling import Chain, Conv, MaxPool, Size, Upsample, Window
+from a2k.tiling import Chain, Conv, JoinConv, MaxPool, Size, UpsampleConv, Window, layer_window, upsampled
 from a2k_kernels import attend_aggregates, block_aggregate, progressive_attention
 
 BAND_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a feature map, per band of rows that attention takes at once
@@ -184,7 +184,7 @@ class FusedStyA2K:
         self.max_memory = max_memory
         self.encoder = encoder_chains(model)
         self.modules = [FusedA2K(module) for module in (model.a2k3, model.a2k4, model.a2k5)]
-        self.decoder = decoder_chains(model)
+        self.decoder = FusedDecoder(model)
 
     @torch.inference_mode()
     def encode_style(self, image: Tensor, progress: Progress = int) -> Style:
@@ -211,66 +211,57 @@ class FusedStyA2K:
 
     def work(self, size: Size, style: Style | None = None) -> int:
         """Floating-point operations of `stylize` for a content of that height and width, or of `encode_style`."""
-        size = padded_size(size) if style else size
-        chains, flops = [*self.encoder, *(self.decoder if style else ())], 0
-        scales = [tuple(-(-side // 2**scale) for side in size) for scale in (0, 2, 3, 3, 2, 2)]
-        for chain, chain_size in zip(chains, scales, strict=False):
-            flops += chain.work(chain_size)
-        for module, scale, keys in zip(self.modules, (2, 3, 4), style or (), strict=False):
-            flops += module.flops(tuple(-(-side // 2**scale) for side in size), keys)
+        if not style:
+            return self._encoding_work(size)
+        size = padded_size(size)
+        scale2, scale3, scale4 = (tuple(side // 2**halvings for side in size) for halvings in (2, 3, 4))
+        redrawing = sum(m.flops(s, k) for m, s, k in zip(self.modules, (scale2, scale3, scale4), style, strict=True))
+        return self._encoding_work(size) + redrawing + self.decoder.work(scale2)
+
+    def _encoding_work(self, size: Size) -> int:
+        flops = 0
+        for chain in self.encoder:
+            flops += chain.work(size)
+            size = chain.sizes(size)[-1]
         return flops
 
     def _encode(self, image: Tensor, storage: Storage, progress: Progress) -> list[tuple[Tensor, Statistics]]:
         """relu3_1, relu4_1, relu5_1 and their statistics."""
 
-        def read(window: Window, out: Tensor) -> None:
-            if maps:
-                out.copy_(window.of(maps[-1][0]))
-            else:
-                from_levels(window.of(image), out)
-
-        maps, size = [], tuple(image.shape[-2:])
+        maps, size, like = [], tuple(image.shape[-2:]), self.parameter.new_empty(len(image))
         for chain in self.encoder:
             statistics = Statistics()
-            x = self._run(chain, size, read, len(image), storage, progress, statistics.add)
+            read = read_map(maps[-1][0]) if maps else (lambda window, out: from_levels(window.of(image), out))
+            x = self._run(chain, size, read, like, storage, progress, statistics.add)
             maps.append((x, statistics))
             size = tuple(x.shape[-2:])
         return maps
 
     def _decode(self, x3: Tensor, x4: Tensor, x5: Tensor, out: Tensor, storage: Storage, progress: Progress) -> Tensor:
         """Fill out, an image (B, 3, 16 h, 16 w), from the A2K outputs at three scales."""
-        merge, join3, paint = self.decoder
-        batch = len(x3)
 
         def read_merged(window: Window, tile: Tensor) -> None:
             tile.copy_(window.of(x4)).add_(upsampled(x5, window).to(tile.device))
 
-        def read_joined(window: Window, tile: Tensor) -> None:
-            coarse, fine = tile.split([x.shape[1], x3.shape[1]], 1)
-            coarse.copy_(upsampled(x, window))
-            fine.copy_(window.of(x3))
-
-        x = self._run(merge, tuple(x4.shape[-2:]), read_merged, batch, storage, progress)
-        x = self._run(join3, tuple(x3.shape[-2:]), read_joined, batch, storage, progress)
-
         def write(window: Window, tile: Tensor) -> None:
             window.of(out).copy_(tile if out.is_floating_point() else to_levels(tile))
 
-        for flops in paint.run(
-            tuple(x.shape[-2:]), lambda window, tile: tile.copy_(window.of(x)), write, self.parameter.new_empty(batch)
-        ):
+        like = self.parameter.new_empty(len(x3))
+        x = self._run(self.decoder.merge, tuple(x4.shape[-2:]), read_merged, like, storage, progress)
+        x = self._run(self.decoder.join(x, like), tuple(x3.shape[-2:]), read_map(x3), like, storage, progress)
+        for flops in self.decoder.paint.run(tuple(x.shape[-2:]), read_map(x), write, like):
             progress(flops)
         return out
 
-    def _run(self, chain, size, read, batch, storage, progress, also=lambda tile: None) -> Tensor:
-        """The chain's output as a new map."""
-        x = storage.new_map(batch, chain.layers[-1].channels, chain.sizes(size)[-1], self.parameter.dtype)
+    def _run(self, chain, size, read, like, storage, progress, also=lambda tile: None) -> Tensor:
+        """The chain's output as a new map; also(tile) sees every tile of it."""
+        x = storage.new_map(len(like), chain.layers[-1].channels, chain.sizes(size)[-1], like.dtype)
 
         def write(window: Window, tile: Tensor) -> None:
             window.of(x).copy_(tile)
             also(tile)
 
-        for flops in chain.run(size, read, write, self.parameter.new_empty(batch)):
+        for flops in chain.run(size, read, write, like):
             progress(flops)
         return x
 
@@ -307,10 +298,9 @@ class CompiledStyA2K:
         return from_levels(image, out)
 
 
-def upsampled(x: Tensor, window: Window) -> Tensor:
-    """A window of a map upsampled by two."""
-    source = window.halved()
-    return Upsample(x.shape[1])(source.of(x), source, window)
+def read_map(x: Tensor) -> Callable[[Window, Tensor], Tensor]:
+    """How a chain reads its windows from a map."""
+    return lambda window, out: out.copy_(window.of(x))
 
 
 def encoder_chains(model: StyA2K) -> list[Chain]:
@@ -340,14 +330,40 @@ def after_1x1(first: nn.Conv2d, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.to(conv.bias.dtype)
 
 
-def decoder_chains(model: StyA2K) -> list[Chain]:
-    """Scales 4 and 5 merged to scale 4's output; joined with scale 3 to scale 3's output; from there to the image."""
-    decoder, channels = model.decoder, model.config.channels
+class FusedDecoder:
+    """The decoder as chains; what is convolved after upsampling is convolved before it."""
 
-    def convs(scale: int) -> list[Conv]:
-        layers = [getattr(decoder, f"conv{scale}_{number}") for number in range(decoder.depths[scale - 1], 0, -1)]
-        return [Conv(x.weight, x.bias, relu=(scale, x) != (1, layers[-1])) for x in layers]
+    def __init__(self, model: StyA2K) -> None:
+        decoder, channels = model.decoder, model.config.channels
 
-    merge = [Conv(x.weight, x.bias, relu=x is decoder.conv4_1) for x in (decoder.merge, decoder.conv4_1)]
-    paint = [Upsample(channels[1]), *convs(2), Upsample(channels[0]), *convs(1)]
-    return [Chain(merge, channels[3]), Chain(convs(3), 2 * channels[2]), Chain(paint, channels[1])]
+        def convs(scale: int) -> list[nn.Conv2d]:
+            return [getattr(decoder, f"conv{scale}_{number}") for number in range(decoder.depths[scale - 1], 0, -1)]
+
+        def layers(scale: int) -> list[Conv]:
+            first, *rest = convs(scale)
+            last = convs(1)[-1]
+            return [
+                UpsampleConv(first.weight, first.bias, first is not last),
+                *(Conv(x.weight, x.bias, x is not last) for x in rest),
+            ]
+
+        merge = decoder.merge, decoder.conv4_1
+        self.merge = Chain([Conv(x.weight, x.bias, relu=x is decoder.conv4_1) for x in merge], channels[3])
+        joint, *rest = convs(3)
+        coarse, fine = joint.weight.split(channels[2], 1)
+        self.coarse = UpsampleConv(coarse, torch.zeros_like(joint.bias))
+        self.fine = Conv(fine, joint.bias)
+        self.rest = [Conv(x.weight, x.bias) for x in rest]
+        self.paint = Chain([*layers(2), *layers(1)], channels[1])
+
+    def work(self, size: Size) -> int:
+        """Floating-point operations for a map of that size at scale 3."""
+        half = size[0] // 2, size[1] // 2
+        coarse = self.coarse.flops * size[0] * size[1]
+        join = Chain([self.fine, *self.rest], 0)
+        return self.merge.work(half) + coarse + join.work(size) + self.paint.work(size)
+
+    def join(self, x: Tensor, like: Tensor) -> Chain:
+        """From A2K's output at scale 3 and the decoder's at scale 4 to the decoder's at scale 3."""
+        first = JoinConv(self.fine, lambda window: layer_window(self.coarse, x, window, like))
+        return Chain([first, *self.rest], self.fine.weight.shape[1])

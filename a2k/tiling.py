@@ -6,6 +6,7 @@ fit a processor's cache are faster than whole maps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from math import ceil, sqrt
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]  # height, width
+Margin = tuple[int, int, int, int]  # 1 or 0 for each side: top, bottom, left, right
+NO_MARGIN: Margin = (0, 0, 0, 0)
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a chain's largest intermediate map
 
 
@@ -51,13 +54,15 @@ class Window(NamedTuple):
         """The smallest window that covers this one when upsampled by two."""
         return Window(self.top // 2, ceil(self.bottom / 2), self.left // 2, ceil(self.right / 2))
 
-    def borders(self, size: Size) -> tuple[int, int, int, int]:
-        """1 for each side (top, bottom, left, right) on the border of a map of that size, else 0."""
+    def borders(self, size: Size) -> Margin:
+        """1 for each side on the border of a map of that size, else 0."""
         return int(self.top == 0), int(self.bottom == size[0]), int(self.left == 0), int(self.right == size[1])
 
 
 class Conv:
     """3x3 convolution with reflection padding, and ReLU unless told otherwise."""
+
+    mirror = 2  # the padding repeats the row (or column) so far from it
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
@@ -68,30 +73,82 @@ class Conv:
         return size
 
     def source(self, window: Window, size: Size) -> Window:
+        """The window of an input of that size that a window of the output needs."""
         return window.grown(size)
 
-    def margin(self, window: Window, size: Size) -> tuple[int, int, int, int]:
-        """Sides on which the input needs a row or column of reflected points."""
+    def margin(self, window: Window, size: Size) -> Margin:
+        """Sides on which the input must be padded, for a window of an output of that size."""
         return window.borders(size)
 
-    def __call__(self, x: Tensor, source: Window, window: Window) -> Tensor:
+    def __call__(self, x: Tensor, window: Window) -> Tensor:
+        """The window of the output, before ReLU, from its source with the margin."""
         return F.conv2d(x, self.weight, self.bias)
 
 
-class Resample:
-    """A layer without weights: as many channels out as in, no margin."""
+class JoinConv(Conv):
+    """3x3 convolution whose sum starts from another map: what the convolution makes of further input channels."""
 
-    flops = 0
+    def __init__(self, conv: Conv, start: Callable[[Window], Tensor]) -> None:
+        vars(self).update(vars(conv))
+        self.start = start
 
-    def __init__(self, channels: int, relu: bool = False) -> None:
-        self.channels, self.relu = channels, relu
-
-    def margin(self, window: Window, size: Size) -> tuple[int, int, int, int]:
-        return 0, 0, 0, 0
+    def __call__(self, x: Tensor, window: Window) -> Tensor:
+        return super().__call__(x, window).add_(self.start(window))
 
 
-class MaxPool(Resample):
+class UpsampleConv(Conv):
+    """Nearest upsampling by two, then a 3x3 convolution with reflection padding: 2x2 convolutions of the small map.
+
+    An upsampled row and its two neighbours are copies of only two rows of the small map, so rows of the kernel add
+    up: for even rows to (k_0, k_1 + k_2) on the rows above and here, for odd ones to (k_0 + k_1, k_2) on the rows here
+    and below. Likewise columns. The four kernels are computed as one convolution, with 4/9 of the operations.
+    """
+
+    mirror = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
+        weight, channels = weight.detach().float(), len(weight)
+        rows = [torch.stack(pair) for pair in halves(weight.unbind(2))]  # each (2, O, I, 3)
+        kernels = [torch.stack(pair) for row in rows for pair in halves(row.unbind(3))]  # each (2, 2, O, I), x first
+        kernel = torch.cat([x.permute(2, 3, 1, 0) for x in kernels])
+        super().__init__(kernel.to(bias.dtype), bias.repeat(4), relu)
+        self.channels, self.flops = channels, self.flops // 4
+
+    def output_size(self, size: Size) -> Size:
+        return 2 * size[0], 2 * size[1]
+
+    def source(self, window: Window, size: Size) -> Window:
+        top, left = max(0, (window.top - 1) // 2), max(0, (window.left - 1) // 2)
+        return Window(top, min(size[0], window.bottom // 2 + 1), left, min(size[1], window.right // 2 + 1))
+
+    def __call__(self, x: Tensor, window: Window) -> Tensor:
+        quarters = super().__call__(x, window).split(self.channels, 1)
+        shape = (len(x), self.channels, *window.size)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for quarter, (row, col) in zip(quarters, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
+            # The first rows and columns of this parity, in the window and among the kernel's positions.
+            y, x0 = (row - window.top) % 2, (col - window.left) % 2
+            part = out[:, :, y::2, x0::2]
+            top = (window.top + y - 1) // 2 - (window.top - 1) // 2
+            left = (window.left + x0 - 1) // 2 - (window.left - 1) // 2
+            part.copy_(quarter[:, :, top : top + part.shape[2], left : left + part.shape[3]])
+        return out
+
+
+def halves(kernel: tuple[Tensor, Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A kernel of three taps, over values that come in equal pairs, as two of two taps: for the first of a pair and
+    for the second."""
+    before, here, after = kernel
+    return (before, here + after), (before + here, after)
+
+
+class MaxPool:
     """2x2 maximum; a last odd row or column is pooled alone."""
+
+    mirror, flops = 0, 0
+
+    def __init__(self, channels: int, relu: bool) -> None:
+        self.channels, self.relu = channels, relu
 
     def output_size(self, size: Size) -> Size:
         return ceil(size[0] / 2), ceil(size[1] / 2)
@@ -99,33 +156,22 @@ class MaxPool(Resample):
     def source(self, window: Window, size: Size) -> Window:
         return window.doubled(size)
 
-    def __call__(self, x: Tensor, source: Window, window: Window) -> Tensor:
+    def margin(self, window: Window, size: Size) -> Margin:
+        return NO_MARGIN
+
+    def __call__(self, x: Tensor, window: Window) -> Tensor:
         return F.max_pool2d(x, 2, ceil_mode=True)
-
-
-class Upsample(Resample):
-    """Twice the height and width, nearest neighbour."""
-
-    def output_size(self, size: Size) -> Size:
-        return 2 * size[0], 2 * size[1]
-
-    def source(self, window: Window, size: Size) -> Window:
-        return window.halved()
-
-    def __call__(self, x: Tensor, source: Window, window: Window) -> Tensor:
-        doubled = Window(*(2 * side for side in source))
-        return window.within(doubled).of(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Chain:
     """Layers that follow one another, computed tile by tile.
 
     Args:
-        layers: Conv, MaxPool and Upsample.
+        layers: Conv, JoinConv, UpsampleConv and MaxPool.
         channels: of the input.
     """
 
-    def __init__(self, layers: Sequence[Conv | MaxPool | Upsample], channels: int) -> None:
+    def __init__(self, layers: Sequence[Conv | MaxPool], channels: int) -> None:
         self.layers, self.channels = list(layers), channels
 
     def sizes(self, size: Size) -> list[Size]:
@@ -157,13 +203,20 @@ class Chain:
             windows = [window]
             for layer, layer_size in zip(reversed(self.layers), reversed(sizes[:-1]), strict=True):
                 windows.insert(0, layer.source(windows[0], layer_size))
-            margins = [layer.margin(w, s) for layer, w, s in zip(self.layers, windows[1:], sizes[1:], strict=True)]
-            x = with_margin(like, self.channels, windows[0].size, margins[0], lambda out, w=windows[0]: read(w, out))
+            x, relu, outputs = None, False, windows[1:]
             for number, layer in enumerate(self.layers):
-                x = layer(x, windows[number], windows[number + 1])
-                x = activate(x, layer.relu, (*margins, (0, 0, 0, 0))[number + 1])
-            write(window, x)
-            yield sum(layer.flops * w.size[0] * w.size[1] for layer, w in zip(self.layers, windows[1:], strict=True))
+                margin = layer.margin(outputs[number], sizes[number + 1])
+                if x is None:
+                    fill = partial(read, windows[0])
+                    x = with_margin(like, self.channels, windows[0].size, margin, layer.mirror, fill)
+                elif any(margin):
+                    fill = partial(copy_active, x, relu)
+                    x = with_margin(like, x.shape[1], x.shape[-2:], margin, layer.mirror, fill)
+                elif relu:
+                    x.relu_()
+                x, relu = layer(x, outputs[number]), layer.relu
+            write(window, x.relu_() if relu else x)
+            yield sum(layer.flops * w.size[0] * w.size[1] for layer, w in zip(self.layers, outputs, strict=True))
 
     def tiles(self, sizes: list[Size], device: str, batch: int) -> list[Window]:
         """Windows that cover the output, nearly square, of about TILE_ELEMENTS elements at the widest layer."""
@@ -182,27 +235,42 @@ class Chain:
 
 
 def with_margin(
-    like: Tensor, channels: int, size: Size, margin: tuple[int, int, int, int], fill: Callable[[Tensor], None]
+    like: Tensor, channels: int, size: Size, margin: Margin, mirror: int, fill: Callable[[Tensor], object]
 ) -> Tensor:
-    """A channels_last tensor of that size filled by fill(inside), and around it a margin of reflected points."""
+    """A channels_last tensor whose inside, of that size, is filled by fill(inside) and reflected into the margin.
+
+    mirror: how far from a row or column of the margin the one is that it repeats.
+    """
     (height, width), (top, bottom, left, right) = size, margin
     shape = (len(like), channels, top + height + bottom, left + width + right)
     x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     fill(x[:, :, top : top + height, left : left + width])
     if left:
-        x[:, :, :, 0] = x[:, :, :, 2]
+        x[:, :, :, 0] = x[:, :, :, mirror]
     if right:
-        x[:, :, :, -1] = x[:, :, :, -3]
+        x[:, :, :, -1] = x[:, :, :, -1 - mirror]
     if top:
-        x[:, :, 0] = x[:, :, 2]
+        x[:, :, 0] = x[:, :, mirror]
     if bottom:
-        x[:, :, -1] = x[:, :, -3]
+        x[:, :, -1] = x[:, :, -1 - mirror]
     return x
 
 
-def activate(x: Tensor, relu: bool, margin: tuple[int, int, int, int]) -> Tensor:
-    """ReLU, if asked for, and a margin of reflected points, in one pass."""
-    if not any(margin):
-        return x.relu_() if relu else x
-    fill = (lambda out: torch.clamp_min(x, 0, out=out)) if relu else (lambda out: out.copy_(x))
-    return with_margin(x, x.shape[1], x.shape[-2:], margin, fill)
+def copy_active(x: Tensor, relu: bool, out: Tensor) -> Tensor:
+    """Copy x to out, through ReLU if asked for, in one pass."""
+    return torch.clamp_min(x, 0, out=out) if relu else out.copy_(x)
+
+
+def upsampled(x: Tensor, window: Window) -> Tensor:
+    """A window of a map upsampled by two, nearest neighbour."""
+    source = window.halved()
+    doubled = Window(*(2 * edge for edge in source))
+    return window.within(doubled).of(F.interpolate(source.of(x), scale_factor=2, mode="nearest"))
+
+
+def layer_window(layer: Conv, x: Tensor, window: Window, like: Tensor) -> Tensor:
+    """A window of the output of one layer, before ReLU; x: its whole input."""
+    size = tuple(x.shape[-2:])
+    source, margin = layer.source(window, size), layer.margin(window, layer.output_size(size))
+    fill = partial(copy_active, source.of(x), False)
+    return layer(with_margin(like, x.shape[1], source.size, margin, layer.mirror, fill), window)
