@@ -53,18 +53,20 @@ def block_attention_fwd_kernel(
     key_row, key_col, key_exists, loadable = key_block_points(
         selected, num_key_blocks, key_height, key_width, BLOCK_SIZE, BLOCK_N
     )
+    # The first chunk of the value before the products, for both loads to be under way at once.
+    v = load_tile(value_ptr, value_strides, batch, head, 0, key_row, key_col, loadable, VALUE_DIM, BLOCK_DV, LARGE)
     scores = tile_products(
         query_ptr, query_strides, row, col, exists, key_ptr, key_strides, key_row, key_col, loadable, batch, head,
         DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, LARGE,
     )  # fmt: skip
-    weights = attention_weights(scores, key_exists, scale)
+    weights = attention_weights(scores, key_exists, scale).to(v.dtype)
 
     for chunk in range(0, tl.cdiv(VALUE_DIM, BLOCK_DV)):
-        v = load_tile(
-            value_ptr, value_strides, batch, head, chunk, key_row, key_col, loadable, VALUE_DIM, BLOCK_DV, LARGE
-        )  # [BLOCK_N, BLOCK_DV]
-        out = dot(weights.to(v.dtype), v, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), PRECISION)
+        out = dot(weights, v, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), PRECISION)
         store_tile(out_ptr, out_strides, out, batch, head, chunk, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE)
+        v = load_tile(
+            value_ptr, value_strides, batch, head, chunk + 1, key_row, key_col, loadable, VALUE_DIM, BLOCK_DV, LARGE
+        )  # [BLOCK_N, BLOCK_DV]
 
 
 @triton.jit

@@ -22,13 +22,13 @@ def products_hold_registers(arch: str) -> bool:
 def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """block_attention: BLOCK_M query points against all BLOCK_N points of a key block, channels in chunks."""
     block_n = tile_side(block_size**2)
-    block_m = min(64, block_n) if block_n <= 64 else 4096 // block_n
+    block_m = min(64, block_n) if block_n <= 64 or element_size == 2 else 4096 // block_n
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
-        "num_warps": 4 if element_size == 2 and block_n <= 64 else 8 if block_n <= 16 or element_size == 2 else 16,
+        "num_warps": min(4, block_n // 16) if element_size == 2 else 8 if block_n <= 16 else 16,
         "num_stages": 2,
     }
 
@@ -41,8 +41,8 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
         tiles |= {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
         crowded = products_hold_registers(arch) and tiles["BLOCK_N"] * tiles["BLOCK_D"] >= 64 * 64
         return tiles | {"num_stages": 1 if crowded else 2}
-    if element_size == 4 and tiles["BLOCK_N"] <= 64:
-        return tiles | {"BLOCK_M": 16}
+    if tiles["BLOCK_N"] > 64 or element_size == 4:
+        return tiles | {"BLOCK_M": 16, "num_warps": 8}
     return tiles
 
 
@@ -83,25 +83,34 @@ def aggregate_tiles(block_size: int, dim: int, value_dim: int, backward: bool = 
 def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """distributed_attention: BLOCK_M query points by BLOCK_N aggregated keys, all channels in one tile.
 
+    As for the query's gradient, but where registers suffice more queries share what is loaded of the keys.
+    """
+    tiles = distributed_query_tiles(n_key, dim, value_dim, element_size)
+    if element_size == 2 and max(dim, value_dim) <= 64:
+        return tiles | {"BLOCK_M": 128, "num_warps": 8}
+    return tiles
+
+
+def distributed_query_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
+    """distributed_attention, gradient of the query.
+
     float32 products without tensor cores hold their operands in registers: small tiles, many warps, no pipeline.
     """
     block_d, block_dv = tile_side(dim), tile_side(value_dim)
-    widest = max(block_d, block_dv)
-    side = (64 if element_size == 2 else 32) // (1 if widest <= 128 else 2)
-    large = element_size == 2 and widest <= 64  # more queries read the same keys
+    block_n = (64 if element_size == 2 else 32) // (1 if max(block_d, block_dv) <= 128 else 2)
     return {
-        "BLOCK_M": 128 if large else side,
-        "BLOCK_N": min(side, tile_side(n_key)),
+        "BLOCK_M": block_n if element_size == 2 else 16,
+        "BLOCK_N": min(block_n, tile_side(n_key)),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 8 if large or element_size == 4 else 4,
+        "num_warps": 4 if element_size == 2 else 8,
         "num_stages": 2 if element_size == 2 else 1,
     }
 
 
 def distributed_key_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """distributed_attention, gradients of the keys: two accumulators more, so more warps share them."""
-    tiles = distributed_tiles(n_key, dim, value_dim, element_size)
+    tiles = distributed_query_tiles(n_key, dim, value_dim, element_size)
     widest = max(tiles["BLOCK_D"], tiles["BLOCK_DV"])
     if element_size == 4 or widest <= 32:
         return tiles

@@ -5,7 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from a2k_kernels.triton.configs import distributed_key_tiles, distributed_splits, distributed_tiles
+from a2k_kernels.triton.configs import (
+    distributed_key_tiles,
+    distributed_query_tiles,
+    distributed_splits,
+    distributed_tiles,
+)
 from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device, store_tile
 
 
@@ -181,7 +186,7 @@ def attend_bwd(
     dim, value_dim, num_keys, maps = C // num_heads, values.shape[-1], keys.shape[2], B * num_heads
     if B == 0:
         return tuple(torch.empty_like(x, dtype=torch.float32) for x in (keys, values)) if needs_keys else None
-    tiles = distributed_tiles(num_keys, dim, value_dim, query.element_size())
+    tiles = distributed_query_tiles(num_keys, dim, value_dim, query.element_size())
     large = is_large(query, out, grad_out)
     inputs = (query, keys, values, out, lse, grad_out)
     strides = (query.stride(), out.stride(), grad_out.stride())

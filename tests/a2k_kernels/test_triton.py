@@ -406,7 +406,7 @@ def test_query_splits_and_many_tiles_of_keys(splits, monkeypatch):
     torch.manual_seed(0)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16}
     patched = lambda *args: configs.distributed_tiles(*args) | tiles  # noqa: E731
-    for name in ("distributed_tiles", "distributed_key_tiles"):
+    for name in ("distributed_tiles", "distributed_query_tiles", "distributed_key_tiles"):
         monkeypatch.setattr(distributed_attention, name, patched)
     monkeypatch.setattr(distributed_attention, "distributed_splits", lambda programs, tiles: splits)
     sizes = {"block_size": 2, "query_size": (7, 9), "key_size": (9, 11), "heads": 1}
