@@ -69,21 +69,28 @@ def test_loops_are_found_and_counted():
     assert (whole["cycles"]["memory"], outer["cycles"]["memory"], inner["cycles"]["memory"]) == (8, 8, 6)
 
 
+def cycles_of(*instructions: tuple[str, int, int]) -> list[int]:
+    """Clock after every instruction: (name, scoreboard it sets, scoreboards it waits for as a mask)."""
+    code = [sass.Instruction(16 * i, name, "SB0, 0x0") for i, (name, _, _) in enumerate(instructions)]
+    controls = {
+        x.addr: Ctrl(stall=4, yield_=0, wrtdb=sets, readdb=7, watdb=waits, reuse=0)
+        for x, (_, sets, waits) in zip(code, instructions, strict=True)
+    }
+    warp, clocks = machine_code.Warp(controls, 600), []
+    for x in code:
+        warp.run([x])
+        clocks.append(warp.clock)
+    return clocks
+
+
 def test_a_warp_waits_for_what_it_loads():
-    """A load of 600 cycles whose result the next instruction but one needs, and a copy that a barrier waits for."""
-    names = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGDEPBAR", "FADD", "DEPBAR.LE")
-    code = [sass.Instruction(16 * i, name, "SB0, 0x0") for i, name in enumerate(names)]
-    free = Ctrl(stall=4, yield_=0, wrtdb=7, readdb=7, watdb=0, reuse=0)
-    controls = {x.addr: free for x in code}
-    controls[0] = Ctrl(stall=4, yield_=0, wrtdb=1, readdb=7, watdb=0, reuse=0)
-    controls[48] = Ctrl(stall=4, yield_=0, wrtdb=7, readdb=7, watdb=0b10, reuse=0)
-    warp = machine_code.Warp(controls, 600)
-    warp.run(code[:3])
-    assert warp.clock == 12
-    warp.run(code[3:4])
-    assert warp.clock == 600 + 4
-    warp.run(code[4:])
-    assert warp.clock == 604 + 4  # the copy, begun at cycle 4, is there at 604
+    load, other, user = ("LDG.E.128", 1, 0), ("FADD", 7, 0b1), ("FADD", 7, 0b10)
+    assert cycles_of(load, other, user, user) == [4, 8, 604, 608]
+
+
+def test_a_warp_waits_for_copies_to_shared_memory():
+    copy, group, wait = ("LDGSTS.E.BYPASS.128", 7, 0), ("LDGDEPBAR", 7, 0), ("DEPBAR.LE", 7, 0)
+    assert cycles_of(copy, copy, group, copy, wait) == [4, 8, 12, 16, 4 + 600 + 4]
 
 
 def test_iterations_of_loops():
