@@ -3,10 +3,12 @@
 import argparse
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 from a2k.version import __version__
@@ -78,13 +80,27 @@ def add_stylize(commands) -> None:
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per picture")
     add_model_options(parser)
+    parser.add_argument(
+        "--max-memory",
+        type=memory_size,
+        metavar="M",
+        help="of feature maps, such as 6G; beyond that they go to temporary files (what is free)",
+    )
+    parser.add_argument("--compile", action="store_true", help="use torch.compile: for many pictures of few sizes")
     parser.set_defaults(run=run_stylize)
+
+
+def memory_size(text: str) -> int:
+    """Bytes, from a number with K, M, G or T behind it, or nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; give bytes, or a number like 500M or 6G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def run_stylize(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from a2k.images import ImageError
     from a2k.stylize import StyleTransfer
 
     jobs = list(plan_pictures(arguments.content, arguments.style, arguments.output))
@@ -94,19 +110,16 @@ def run_stylize(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         backend=arguments.backend,
         max_pixels=arguments.max_pixels,
+        max_memory=arguments.max_memory,
+        compile=arguments.compile,
     )
-    stdin = None
-    if "-" in (*arguments.content, *arguments.style):  # read once, for all its pairs
-        stdin = io.BytesIO(sys.stdin.buffer.read())
-        stdin.name = "standard input"
     failed = False
     lines = sys.stderr if arguments.output == "-" else sys.stdout
-    for content, style, target in tqdm(jobs, unit="picture", disable=None if len(jobs) > 1 else True):
-        try:
-            report = stylize_one(transfer, content, style, target, stdin, arguments)
-        except ImageError as error:  # the other pictures may be fine
+    several = len(jobs) > 1
+    for report in tqdm(redraw(transfer, jobs, arguments), total=len(jobs), unit="picture", disable=not several or None):
+        if isinstance(report, Exception):  # the other pictures may be fine
             with tqdm.external_write_mode():
-                print_error(error)
+                print_error(report)
             failed = True
             continue
         with tqdm.external_write_mode(file=lines):
@@ -114,32 +127,73 @@ def run_stylize(arguments: argparse.Namespace) -> int:
     return USAGE_ERROR if failed else 0
 
 
-def stylize_one(transfer, content, style, target, stdin, arguments: argparse.Namespace) -> dict:
-    """Read, redraw and write one picture; returns what to report of it."""
+def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterator:
+    """Reports of the (photo, painting, target) jobs, or their ImageErrors, in order.
+
+    The next photo is read, and the last result written, beside the computation.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from a2k.images import ImageError, read_image
+
+    stdin = None
+    if "-" in (*arguments.content, *arguments.style):  # read once, for all its pairs
+        stdin = io.BytesIO(sys.stdin.buffer.read())
+        stdin.name = "standard input"
+
+    def read(source):
+        return read_image(stdin if source == "-" else source, max_pixels=arguments.max_pixels)
+
+    def outcome(future):
+        try:
+            return future.result()
+        except ImageError as error:
+            return error
+
+    @lru_cache(1)
+    def encode(painting):
+        return transfer.encode_style(read(painting), style_size=arguments.style_size, progress=show_bars)
+
+    show_bars = len(jobs) == 1 and sys.stderr.isatty()
+    written = None
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        photo = reader.submit(read, jobs[0][0])
+        for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+            started, content = time.perf_counter(), photo
+            photo = following and reader.submit(read, following[0])
+            try:
+                out = transfer.stylize(
+                    content.result(),
+                    encode(job[1]),
+                    strength=arguments.strength,
+                    size=arguments.size,
+                    preserve_color=arguments.preserve_color,
+                    progress=show_bars,
+                )
+                result = writer.submit(write_one, out, job, time.perf_counter() - started, arguments.quality)
+            except ImageError as error:
+                result = writer.submit(lambda error=error: error)
+            if written:
+                yield outcome(written)
+            written = result
+        yield outcome(written)
+
+
+def write_one(out, job: tuple, seconds: float, quality: int) -> dict:
+    """Write one result; returns what to report of it."""
     from a2k.images import write_image
 
-    started = time.perf_counter()
-    out = transfer.stylize(
-        stdin if content == "-" else content,
-        stdin if style == "-" else style,
-        strength=arguments.strength,
-        size=arguments.size,
-        style_size=arguments.style_size,
-        preserve_color=arguments.preserve_color,
-    )
+    photo, painting, target = job
     alpha = out.getchannel("A") if out.mode == "RGBA" else None
-    options = {"alpha": alpha, "quality": arguments.quality}
-    if target == "-":
-        write_image(out.convert("RGB"), sys.stdout.buffer, format="png", **options)
-    else:
-        write_image(out.convert("RGB"), target, **options)
+    place = {"target": sys.stdout.buffer, "format": "png"} if target == "-" else {"target": target}
+    write_image(out.convert("RGB"), **place, alpha=alpha, quality=quality)
     return {
-        "content": str(content),
-        "style": str(style),
+        "content": str(photo),
+        "style": str(painting),
         "output": str(target),
         "width": out.width,
         "height": out.height,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(seconds, 3),
     }
 
 
@@ -155,7 +209,7 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
         return ["-"] * paths.count("-") + find_images(path for path in paths if path != "-")
 
     photos, paintings = sources(content), sources(style)
-    pairs = [(photo, painting) for photo in photos for painting in paintings]
+    pairs = [(photo, painting) for painting in paintings for photo in photos]  # so that a painting is encoded once
     if [*photos, *paintings].count("-") > 1:
         raise ImageError("- is given more than once; standard input holds one picture")
     single = len(pairs) == 1 and (output == "-" or (Path(output).suffix and not Path(output).is_dir()))

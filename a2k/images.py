@@ -53,16 +53,19 @@ class Picture:
 
 
 def read_image(
-    source: str | os.PathLike | BinaryIO | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS
+    source: "str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Picture", *, max_pixels: int = MAX_PIXELS
 ) -> Picture:
     """Read a picture upright (EXIF) and in sRGB (ICC), with its alpha if it has one.
 
-    `source` is a path, a binary stream, a PIL image or a uint8 array of shape (H, W, 3) in sRGB. An animation
+    `source` is a path, a binary stream, a PIL image, a uint8 array of shape (H, W, 3) in sRGB, or a Picture, which is
+    returned as it is. An animation
     gives its first frame. 16-bit grey is scaled to 8 bits, and so are floats in [0, 1].
 
     Raises ImageError if the picture is missing, unreadable, damaged, or has more than `max_pixels` pixels
     (found from the header, before anything is decoded), and TypeError if `source` is none of the above.
     """
+    if isinstance(source, Picture):
+        return source
     if isinstance(source, Image.Image):
         return _to_picture(source, "the image", max_pixels)
     if isinstance(source, np.ndarray):

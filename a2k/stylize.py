@@ -11,11 +11,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from a2k.checkpoint import find_weights, load_model
-from a2k.images import MAX_PIXELS, ImageError, read_image, resize_short_side, transfer_color
+from a2k.images import MAX_PIXELS, ImageError, Picture, read_image, resize_short_side, transfer_color
 from a2k.inference import CompiledStyA2K, FusedStyA2K
 from a2k.model import StyA2K
 
-ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray
+ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Picture
 DTYPES = ("float32", "float16", "bfloat16")
 
 

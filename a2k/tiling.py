@@ -18,7 +18,7 @@ from torch import Tensor
 Size = tuple[int, int]  # height, width
 Margin = tuple[int, int, int, int]  # 1 or 0 for each side: top, bottom, left, right
 NO_MARGIN: Margin = (0, 0, 0, 0)
-TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a chain's largest intermediate map
+TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a chain's largest intermediate map
 
 
 class Window(NamedTuple):
@@ -163,6 +163,11 @@ class MaxPool:
         return F.max_pool2d(x, 2, ceil_mode=True)
 
 
+def tile_elements(layers: Sequence[Conv | MaxPool], device: str) -> int:
+    """Of the largest map within a tile; more where the weights are many, as they are read anew for every tile."""
+    return max(TILE_ELEMENTS[device], sum(layer.flops for layer in layers))
+
+
 class Chain:
     """Layers that follow one another, computed tile by tile.
 
@@ -219,10 +224,10 @@ class Chain:
             yield sum(layer.flops * w.size[0] * w.size[1] for layer, w in zip(self.layers, outputs, strict=True))
 
     def tiles(self, sizes: list[Size], device: str, batch: int) -> list[Window]:
-        """Windows that cover the output, nearly square, of about TILE_ELEMENTS elements at the widest layer."""
+        """Windows that cover the output, nearly square, of about tile_elements elements at the widest layer."""
         height, width = sizes[-1]
         widest = max(layer.channels * h * w for layer, (h, w) in zip(self.layers, sizes[1:], strict=True)) * batch
-        count = max(1, ceil(widest / TILE_ELEMENTS[device]))
+        count = ceil(widest / tile_elements(self.layers, device))
         rows = min(height, max(1, round(sqrt(count * height / width))))
         cols = min(width, ceil(count / rows))
         row_edges = [height * i // rows for i in range(rows + 1)]

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny import files, noise, picture, pictures, refusal, succeed, tiny_model
 
 import a2k
+from a2k import StyleTransfer
 from a2k.checkpoint import save_model
-from a2k.cli import main
+from a2k.cli import main, memory_size
 
 TITLE = "a2k: error: "
 
@@ -73,12 +74,42 @@ def test_a_folder(capsys, tmp_path, stylize, photo, painting):
 def test_all_pairs(capsys, tmp_path, stylize, painting):
     photos = [picture(tmp_path / name) for name in ("a.jpg", "b.JPEG", "c.gif", "d.webp")]
     lines = succeed(capsys, *stylize(photos, [painting, tmp_path / "a.jpg"], tmp_path / "out")).splitlines()
-    names = [f"{name}_stylized_{style}" for name in "abcd" for style in ("painting", "a")]
+    names = [f"{name}_stylized_{style}" for style in ("painting", "a") for name in "abcd"]
     suffixes = {"a": ".jpg", "b": ".jpeg", "c": ".png", "d": ".webp"}
     expected = [name + suffixes[name[0]] for name in names]
     assert files(tmp_path / "out") == sorted(expected)
     assert [line.split("  ")[0] for line in lines] == [str(tmp_path / "out" / name) for name in expected]
     assert Image.open(tmp_path / "out" / expected[0]).format == "JPEG"
+
+
+def test_a_painting_is_encoded_once(capsys, tmp_path, stylize, painting, monkeypatch):
+    encoded, encode_style = [], StyleTransfer.encode_style
+
+    def count(self, *arguments, **options):
+        encoded.append(arguments)
+        return encode_style(self, *arguments, **options)
+
+    monkeypatch.setattr(StyleTransfer, "encode_style", count)
+    photos = [picture(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate("abc")]
+    succeed(capsys, *stylize(photos, [painting, photos[0]], tmp_path / "out"))
+    assert len(encoded) == 2
+
+
+@pytest.mark.parametrize("memory, size", (("0", 0), ("1000", 1000), ("2k", 2048), ("1.5G", 3 << 29), ("6GB", 6 << 30)))
+def test_max_memory(capsys, tmp_path, stylize, photo, painting, memory, size):
+    assert memory_size(memory) == size
+    outputs = []
+    for number, options in enumerate(((), ("--max-memory", memory))):
+        succeed(capsys, *stylize(photo, painting, tmp_path / f"{number}.png"), *options)
+        outputs.append((tmp_path / f"{number}.png").read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("memory", ("-1", "much", "6 apples", ""))
+def test_max_memory_that_is_none(capsys, tmp_path, stylize, photo, painting, memory):
+    with pytest.raises(SystemExit):
+        main([*map(str, stylize(photo, painting, tmp_path / "out.png")), f"--max-memory={memory}"])
+    assert f"{memory!r} is no amount of memory; give bytes, or a number like 500M or 6G" in capsys.readouterr().err
 
 
 def test_folders_as_input(capsys, tmp_path, stylize):

@@ -166,6 +166,52 @@ def test_alpha_of_the_style_is_ignored(transfer):
     assert transfer.stylize(noise(), Image.fromarray(noise(channels=4))).mode == "RGB"
 
 
+# --- several pictures
+
+
+def test_encoded_style(transfer, painting):
+    style = transfer.encode_style(painting, style_size=33)
+    for content in (noise(), noise(50, 41, seed=3)):
+        expected = transfer.stylize(content, painting, style_size=33)
+        assert transfer.stylize(content, style).tobytes() == expected.tobytes()
+
+
+def test_encoded_styles_stay_with_their_network(transfer, painting):
+    other = StyleTransfer(tiny_model(seed=1), device="cpu")
+    for given, options in ((other.encode_style(painting), {}), (transfer.encode_style(painting), {"style_size": 40})):
+        with pytest.raises(ValueError, match="style was encoded at its own size by one StyleTransfer"):
+            transfer.stylize(noise(), given, **options)
+
+
+def test_batch(transfer, painting):
+    """Each as if alone, whatever sizes they have."""
+    contents = [noise(40, 34), noise(50, 34, seed=3), noise(40, 34, channels=4, seed=4), noise(40, 34, seed=5)]
+    contents[2] = Image.fromarray(contents[2])
+    outputs = transfer.stylize_batch(contents, painting, strength=0.7)
+    assert [out.mode for out in outputs] == ["RGB", "RGB", "RGBA", "RGB"]
+    for out, content in zip(outputs, contents, strict=True):
+        alone = transfer.stylize(content, painting, strength=0.7)
+        assert out.size == alone.size
+        assert np.abs(pixels(out) - pixels(alone)).max() <= 1
+    assert transfer.stylize_batch([], painting) == []
+
+
+def test_progress(transfer, painting, capsys):
+    transfer.stylize(noise(), painting, progress=True)
+    shown = capsys.readouterr().err
+    assert "style: " in shown
+    assert "picture: " in shown
+    transfer.stylize(noise(), painting)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compile(transfer, painting):
+    compiled = StyleTransfer(transfer.model, device="cpu", compile=True)
+    expected = transfer.stylize(noise(), painting, strength=0.7)
+    assert np.abs(pixels(compiled.stylize(noise(), painting, strength=0.7)) - pixels(expected)).max() <= 1
+
+
 # --- limits
 
 

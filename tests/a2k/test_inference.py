@@ -1,0 +1,208 @@
+"""The fused and tiled network against the plain one."""
+
+import errno
+import os
+import random
+
+import pytest
+import torch
+from tiny import TINY, tiny_model
+
+from a2k import A2K, StyA2K, StyA2KConfig, attention, inference, storage, tiling
+from a2k.images import ImageError
+from a2k.inference import FusedA2K, FusedStyA2K, Statistics
+from a2k.model import CONFIGS, init_kaiming
+
+SEEDS = [random.randrange(10**6) for _ in range(4)]
+WIDE = StyA2KConfig(channels=(8, 8, 16, 24, 24), num_heads=2)  # a VGG19's form, residual "content"
+
+
+@pytest.fixture(scope="module", params=(TINY, WIDE), ids=("lite", "vgg19"))
+def model(request) -> StyA2K:
+    return tiny_model(request.param).requires_grad_(False)
+
+
+def pictures(seed: int, *sizes: tuple[int, int], batch: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(batch, 3, *size, generator=generator) for size in sizes]
+
+
+def set_tiles(monkeypatch, elements: int) -> None:
+    monkeypatch.setattr(tiling, "tile_elements", lambda layers, device: elements)
+    monkeypatch.setitem(inference.BAND_ELEMENTS, "cpu", elements)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("elements", (1000, 20_000, 1 << 22))
+@pytest.mark.parametrize("sizes", (((65, 300), (33, 47)), ((32, 32), (100, 34)), ((17, 1), (40, 40))), ids=str)
+def test_equals_the_network(model, sizes, elements, monkeypatch):
+    set_tiles(monkeypatch, elements)
+    seed = random.choice(SEEDS)
+    print("seed", seed)
+    content, style = pictures(seed, *sizes)
+    fused = FusedStyA2K(model)
+    keys = fused.encode_style(style)
+    for strength in (0, 0.3, 1):
+        out = fused.stylize(content, keys, strength)
+        assert_near(out, model(content, style, strength))
+        assert out.shape == content.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ((65, 300), (701, 333), (1500, 900), (64, 1024)), ids=str)
+@pytest.mark.parametrize("name", ("lite", "vgg19"))
+def test_equals_the_network_at_full_width(name, size, monkeypatch):
+    if name == "vgg19" and size[0] > 1000:
+        pytest.skip("a minute and 8 GB for the plain network")
+    torch.manual_seed(SEEDS[0])
+    print("seed", SEEDS[0])
+    network = StyA2K(CONFIGS[name]).eval().requires_grad_(False)
+    network.encoder.apply(init_kaiming)
+    network.decoder.apply(init_kaiming)
+    content, style = pictures(SEEDS[0], size, (size[1], size[0] // 2 + 3))
+    with torch.inference_mode():
+        expected = network(content, style)
+    for elements in (1 << 16, 1 << 19, 1 << 22):
+        set_tiles(monkeypatch, elements)
+        fused = FusedStyA2K(network)
+        assert_near(fused.stylize(content, fused.encode_style(style)), expected)
+
+
+@pytest.mark.parametrize("styles", (1, 3))
+def test_batch(model, styles):
+    """Several contents by one style or by one each."""
+    (contents,) = pictures(SEEDS[0], (40, 35), batch=3)
+    (paintings,) = pictures(SEEDS[1], (33, 50), batch=styles)
+    fused = FusedStyA2K(model)
+    out = fused.stylize(contents, fused.encode_style(paintings))
+    for i in range(3):
+        assert_near(out[i : i + 1], model(contents[i : i + 1], paintings[i % styles : i % styles + 1]))
+
+
+def test_uint8(model):
+    content, style = ((255 * x).round() for x in pictures(SEEDS[0], (40, 35), (33, 50)))
+    fused = FusedStyA2K(model)
+    out = fused.stylize(content.byte(), fused.encode_style(style.byte()))
+    assert out.dtype == torch.uint8
+    expected = model(content / 255, style / 255).clamp(0, 1) * 255
+    assert (out.float() - expected).abs().max() <= 0.501
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_is_near(model, dtype):
+    content, style = pictures(SEEDS[0], (40, 35), (33, 50))
+    half = FusedStyA2K(tiny_model(model.config).to(dtype))
+    out = half.stylize(content, half.encode_style(style))
+    assert out.dtype == torch.float32
+    assert (out - model(content, style)).abs().mean() < 0.02
+
+
+def test_nan_is_an_error(model):
+    broken = tiny_model(model.config)
+    with torch.no_grad():
+        broken.decoder.conv1_1.bias.fill_(float("nan"))
+    fused = FusedStyA2K(broken)
+    (content,) = pictures(0, (32, 32))
+    with pytest.raises(ImageError, match="the result contains NaN"):
+        fused.stylize((255 * content).byte(), fused.encode_style(content))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("residual", attention.RESIDUALS)
+def test_module(residual, seed, monkeypatch):
+    """One A2K module, keys and queries folded, in bands of any height."""
+    print("seed", seed)
+    rng = random.Random(seed)
+    monkeypatch.setitem(inference.BAND_ELEMENTS, "cpu", rng.choice((1, 2000, 1 << 22)))
+    torch.manual_seed(seed)
+    module = A2K(12, rng.randint(1, 8), rng.choice((1, 2, 3)), residual).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    maps = [torch.randn(2, 12, rng.randint(1, 40), rng.randint(1, 40)).relu() + 3 for _ in range(2)]
+    content, style = (x.contiguous(memory_format=torch.channels_last) for x in maps)
+    expected = module(content, style)
+    fused, statistics = FusedA2K(module), []
+    for x in (content, style):
+        statistics.append(Statistics())
+        statistics[-1].add(x)
+    work = fused.redraw(content, statistics[0], fused.style_keys(style, statistics[1]), 1.0)
+    assert sum(work) > 0
+    assert_near(content, expected)
+
+
+@pytest.mark.parametrize("offset", (0.0, 1e3))
+def test_statistics(offset):
+    """Of tiles as of the whole, and exact where the mean is large."""
+    x = torch.randn(2, 5, 30, 17, dtype=torch.float64) * torch.rand(5, 1, 1) + offset
+    statistics = Statistics()
+    for tile in (x[:, :, :7], x[:, :, 7:8, :1], x[:, :, 7:8, 1:], x[:, :, 8:]):
+        statistics.add(tile.float())
+    x = x.float().double()
+    torch.testing.assert_close(statistics.center, x.mean((2, 3)).float())
+    deviation = (x.var((2, 3)) + 1e-5).sqrt().float()
+    torch.testing.assert_close(statistics.deviation, deviation, rtol=1e-4, atol=1e-6)
+
+
+def test_one_point_has_variance_zero():
+    statistics = Statistics()
+    statistics.add(torch.full((1, 2, 1, 1), 5.0))
+    torch.testing.assert_close(statistics.deviation, torch.full((1, 2), 1e-5**0.5))
+
+
+def test_progress_adds_up(model, monkeypatch):
+    """To what was announced, and a little more for the overlap of the tiles."""
+    set_tiles(monkeypatch, 20_000)
+    content, style = pictures(0, (100, 70), (33, 50))
+    fused, done = FusedStyA2K(model), []
+    keys = fused.encode_style(style, done.append)
+    assert 1 <= sum(done) / fused.work((33, 50)) < 1.3
+    done.clear()
+    fused.stylize(content, keys, progress=done.append)
+    assert 1 <= sum(done) / fused.work((100, 70), keys) < 1.3
+
+
+# ---- memory
+
+
+def test_maps_in_files(model):
+    content, style = pictures(SEEDS[0], (65, 100), (33, 50))
+    in_memory, in_files = FusedStyA2K(model), FusedStyA2K(model, max_memory=0)
+    keys = in_memory.encode_style(style)
+    assert torch.equal(in_memory.stylize(content, keys), in_files.stylize(content, in_files.encode_style(style)))
+
+
+def test_storage_counts_what_lives():
+    place = torch.device("cpu")
+    room = storage.Storage(place, limit=1000)
+    x = room.new_map(1, 5, (10, 4), torch.float32)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert room.room[place] == 200
+    view = x[:, :2]
+    del x
+    assert room.room[place] == 200
+    del view
+    assert room.room[place] == 1000
+
+
+def test_files_go_with_their_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    x = storage.Storage(torch.device("cpu"), limit=0).new_map(2, 3, (4, 5), torch.bfloat16)
+    x.fill_(2)
+    assert x.float().sum() == 240
+    assert not os.listdir(tmp_path)
+
+
+def test_no_room_anywhere(monkeypatch):
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MemoryError, match=r"map of 0\.4 GB fits neither .*No space left.*set TMPDIR"):
+        storage.Storage(torch.device("cpu"), limit=0).new_map(1, 100, (1000, 1000), torch.float32)
+
+
+def test_free_memory():
+    assert 1 << 20 < storage.free_memory(torch.device("cpu")) < 1 << 50
