@@ -83,13 +83,13 @@ def memory_bytes(access: dict, gpu: GPU, resident: int) -> float:
 def asked_bytes(launch: dict) -> float:
     """What the compiled loads and stores ask for: tiles that the source reads again count if the code still does."""
     work = launch["work"]
-    again = [x["bytes"] for x in work["accesses"] if x["again"] and x["is_tile"]]
+    again = [x["bytes"] for x in work["accesses"] if x["again"] and x["is_tile"] and x["bytes"]]
     first = sum(x["bytes"] for x in work["accesses"] if not x["again"])
     if not again:
         return first
     executed = totals(launch)["tile_load"] * work["active"] * launch["code"]["warps"] / work["padding"]
-    passes = round((executed - first_loads(launch)) / max(again))  # small rows, which many threads load, are no pass
-    return first + sum(again) * min(1, max(0, passes / len(again)))
+    least = min(again)  # what is less, small rows that many threads load, is none of these
+    return first + min(sum(again), max(0, round((executed - first_loads(launch)) / least) * least))
 
 
 def first_loads(launch: dict) -> float:

@@ -32,13 +32,13 @@ def table(header: list[str], rows: Iterable[list]) -> str:
 
 def render(compiled: list[Kernel], modelled: list[Operation], verdicts: list[Verdict]) -> str:
     parts = [
-        INTRODUCTION.format(triton=triton.__version__, torch=torch.__version__, python=platform.python_version()),
+        introduction(compiled),
         "## Limits\n",
         limit_table(verdicts),
         broken_list(verdicts),
         "## Kernels: registers, spills, shared memory, occupancy\n",
         RESOURCES,
-        *(f"### {dtype}\n\n{resource_table([x for x in compiled if x.dtype == dtype])}" for dtype in DTYPES),
+        *(resource_section(dtype, [x for x in compiled if x.dtype == dtype]) for dtype in DTYPES),
         "## Kernels by shape: sm_90, bfloat16\n",
         shape_table([x for x in compiled if (x.target, x.dtype) == ("sm_90", "bfloat16")]),
         "## Kernels: tensor-core instructions and width of accesses\n",
@@ -56,11 +56,13 @@ INTRODUCTION = """# GPU audit
 
 Written by `make audit` (`python -m benchmarks.audit`), with Triton {triton}, PyTorch {torch} and Python {python}: do
 not edit. No GPU was used. The kernels' launchers ran with a stand-in for the GPU's driver, every kernel was compiled
-for every target at every distinct configuration that the StyA2K networks need (relu3, relu4, relu5 of square
-pictures of 256 to 4096 px for the VGG and the lite network, forward and backward; the four shapes of the losses at
-256 px, forward), and the machine code was read. Maps are channels_last, content and style of the same size, batch 1,
-float32 products exact. Registers, spills, shared memory, occupancy and instructions are the compiler's. **All times
-are modelled, none was measured**; how is said under [Modelled times](#modelled-times).
+for every target at every distinct configuration that the maps below need, and the machine code was read. Maps are
+channels_last, content and style of the same size, batch 1, float32 products exact. Registers, spills, shared memory,
+occupancy and instructions are the compiler's. **All times are modelled, none was measured**; how is said under
+[Modelled times](#modelled-times).
+
+- Targets: {targets}. Dtypes: {dtypes}.
+- Maps: {layers}, of square pictures of {pictures} px; those of the losses of 256 px and forward only.
 """
 
 RESOURCES = """Worst over all shapes: registers a thread / spilled registers (bytes on NVIDIA) / KiB of shared memory /
@@ -71,6 +73,21 @@ WIDTHS = """bfloat16, over all shapes: tensor-core instructions, and bytes a thr
 store. A warp has 32 threads on NVIDIA and 64 on gfx942, where 8 bytes each are the same 512 bytes an instruction.
 block_match writes and best_split reads and writes two numbers a block, block_aggregate_fwd writes one row.
 """
+
+
+def introduction(compiled: list[Kernel]) -> str:
+    def distinct(values: Iterable) -> str:
+        return ", ".join(map(str, dict.fromkeys(values)))
+
+    return INTRODUCTION.format(
+        triton=triton.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        targets=distinct(x.target for x in compiled),
+        dtypes=distinct(x.dtype for x in compiled),
+        layers=distinct(x.layer.name for x in compiled),
+        pictures=distinct(sorted(x.picture for x in compiled)),
+    )
 
 
 def limit_table(verdicts: list[Verdict]) -> str:
@@ -112,14 +129,14 @@ def by_name_and_target(compiled: list[Kernel]) -> dict[str, dict[str, list[dict]
     return found
 
 
-def resource_table(compiled: list[Kernel]) -> str:
+def resource_section(dtype: str, compiled: list[Kernel]) -> str:
     def worst(codes: list[dict]) -> str:
         highest = (max(code[name] for code in codes) for name in ("registers", "spilled", "shared"))
         registers, spilled, shared = highest
         occupancy = min(code["occupancy"] for code in codes)
         return f"{registers} / {spilled} / {shared / limits.KIB:.3g} / {100 * occupancy:.0f}"
 
-    return kernel_table(compiled, worst)
+    return f"### {dtype}\n\n{kernel_table(compiled, worst)}" if compiled else ""
 
 
 def shape_table(compiled: list[Kernel]) -> str:
@@ -155,7 +172,7 @@ def kernel_table(compiled: list[Kernel], cell) -> str:
         [name.removesuffix("_kernel"), *(cell(codes[target]) if target in codes else "" for target in targets)]
         for name, codes in sorted(by_name_and_target(compiled).items())
     ]
-    return table(["kernel", *targets], rows) if rows else ""
+    return table(["kernel", *targets], rows)
 
 
 def assumptions() -> str:

@@ -270,7 +270,9 @@ def attention_backward_key(grid: tuple[int, ...], a: dict) -> Work:
     segments = find_segments(a, with_last_list=False)
     items, active = segments.items.sum().item(), len(segments.items)
     points = a["height"] * a["width"] * maps
-    key_points = (segments.points * segments.items).sum().item() * tiles
+    # The key block once, then again for every further tile of queries.
+    first = segments.points[segments.items > 0].sum().item() * chunks * element
+    again = (segments.points * segments.items).sum().item() * tiles * chunks * element - first
     dim, grad = (a["DIM"], "key") if of_key else (a["VALUE_DIM"], "value")
     tile = a["BLOCK_D"] if of_key else a["BLOCK_DV"]
     accesses = [
@@ -278,15 +280,16 @@ def attention_backward_key(grid: tuple[int, ...], a: dict) -> Work:
         load("lists", active * chunks * LIST_NUMBERS, is_tile=False),
         load("order", items * tiles * chunks * INT32, is_tile=False),
         load("query", points * a["DIM"] * chunks * element, in_step=chunks),
-        load("key", key_points * a["DIM"] * chunks * element, window=1, once=key_points // tiles * a["DIM"] * element),
+        load("key", first * a["DIM"]),
+        load("key", again * a["DIM"], again=True),
     ]
     if of_key:
         accesses += [
-            load("value", key_points * a["VALUE_DIM"] * chunks * element, window=1),
+            load("value", first * a["VALUE_DIM"]),
+            load("value", again * a["VALUE_DIM"], again=True),
             load("grad_out", points * a["VALUE_DIM"] * chunks * element, in_step=chunks),
         ]
-    again = of_key and cover(a["DIM"], a["BLOCK_D"]) == 1
-    accesses.append(load("query" if of_key else "grad_out", points * dim * element, again=again))
+    accesses.append(load("query" if of_key else "grad_out", points * dim * element, again=of_key))
     accesses += [
         access if access.tensor.startswith("grad") else store(access.tensor, access.bytes * chunks)
         for access in store_segments(grad, segments, dim * element, a["BLOCK_N"] * tile)
