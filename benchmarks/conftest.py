@@ -39,6 +39,19 @@ def copy_bandwidth() -> float:
 
 
 @pytest.fixture
+def time_of(benchmark):
+    """time_of(function): time something that takes a while."""
+
+    def run(function) -> None:
+        if DEVICE == "cuda":
+            benchmark._timer = gpu_timer
+        benchmark.pedantic(function, rounds=3, warmup_rounds=1)
+        benchmark.extra_info.update(device=DEVICE)
+
+    return run
+
+
+@pytest.fixture
 def measure(benchmark, copy_bandwidth):
     """measure(function, flops, bytes): time it and report achieved rates."""
 

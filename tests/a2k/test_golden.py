@@ -1,5 +1,6 @@
 """Parity with results of the published code (tests/data/golden.npz), at the tolerances it states."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,10 @@ from official import a2k_shapes, fill, official_files
 
 import a2k
 from a2k import convert, losses
+from a2k.inference import FusedA2K, FusedStyA2K, Statistics
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import published
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "golden.npz")
 BLOCK_SIZES = {3: 8, 4: 8, 5: 4}
@@ -52,6 +57,28 @@ def test_a2k_module(case, backend):
         assert_gradient_close(getattr(module, conv).weight.grad[::4, ::4, 0, 0], f"{name}/grad_{conv}_weight")
 
 
+def fused(module: a2k.A2K, content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+    """The module as inference runs it."""
+    content, style = (x.detach().contiguous(memory_format=torch.channels_last) for x in (content, style))
+    statistics = Statistics(), Statistics()
+    for x, of_x in zip((content, style), statistics, strict=True):
+        of_x.add(x)
+    layer = FusedA2K(module)
+    for _ in layer.redraw(content, statistics[0], layer.style_keys(style, statistics[1]), 1.0):
+        pass
+    return content
+
+
+@pytest.mark.parametrize("run", (fused, published.a2k_layer))
+@pytest.mark.parametrize("case", A2K_CASES, ids=str)
+def test_a2k_module_in_inference_and_in_the_benchmarks(case, run):
+    channels, layer, h, batch, seed = case
+    module = a2k.A2K(channels, block_size=BLOCK_SIZES[layer]).requires_grad_(False)
+    module.load_state_dict(convert.a2k_layer(fill(a2k_shapes(channels, "module."), seed, 1.0)))
+    content, style = (features(seed + i, (batch, channels, h, h)) for i in (1, 2))
+    assert_close(run(module, content, style)[:, ::4], f"a2k_C{channels}_layer{layer}_h{h}_B{batch}_seed{seed}/out")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses(backend):
     name, n, seed = "loss_S64_B1_seed500", 64, 500
@@ -84,5 +111,8 @@ def test_whole_network(backend, monkeypatch):
     )
     with torch.no_grad():
         assert_close(model(content, style)[..., ::2, ::2], f"{name}/out")
+        assert_close(published.stya2k(model, content, style)[..., ::2, ::2], f"{name}/out")
+        inference = FusedStyA2K(model)
+        assert_close(inference.stylize(content, inference.encode_style(style))[..., ::2, ::2], f"{name}/out")
         for i, feature in enumerate(model.encoder(content), 1):
             assert_close(torch.stack([feature.mean(), feature.std()]), f"{name}/relu{i}_1_mean_std")

@@ -1,0 +1,195 @@
+"""Time and peak memory of the whole network against size, into docs/performance.md (`make performance`).
+
+Every figure comes from a process of its own. Networks of the published shape have random weights; pictures are noise.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+ARRANGEMENTS = ("published", "float32", "bfloat16", "lite")
+LARGEST_PUBLISHED = 1024  # one score tensor of a 2048 px picture would take 32 GiB
+LARGEST = {"published": LARGEST_PUBLISHED, "float32": 4096, "bfloat16": 4096, "lite": 8192}
+SIZES = (256, 512, 1024, 2048, 4096, 8192)
+FIXED_STYLE = 1024
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds for one picture, style included, and the process's peak memory."""
+
+    arrangement: str
+    size: int
+    style_size: int
+    seconds: float
+    megabytes: float
+
+
+def network(arrangement: str, device: str = "cpu"):
+    """A function (content, style), of float pictures in [0, 1], that redraws the content."""
+    import published
+
+    from a2k import StyA2K
+    from a2k.inference import FusedStyA2K
+    from a2k.model import CONFIGS, init_kaiming
+
+    torch.manual_seed(0)
+    model = StyA2K(CONFIGS["lite" if arrangement == "lite" else "vgg19"]).eval().requires_grad_(False)
+    model.encoder.apply(init_kaiming)
+    model.decoder.apply(init_kaiming)
+    model.to(device, torch.bfloat16 if arrangement == "bfloat16" else torch.float32)
+    if arrangement == "published":
+        return lambda content, style: published.stya2k(model, content, style)
+    fused = FusedStyA2K(model)
+    return lambda content, style: fused.stylize(content, fused.encode_style(style))
+
+
+def picture(size: int, device: str = "cpu") -> torch.Tensor:
+    """uint8 noise, laid out as a decoded picture is."""
+    pixels = torch.randint(256, (1, size, size, 3), generator=torch.Generator().manual_seed(size), dtype=torch.uint8)
+    return pixels.permute(0, 3, 1, 2).to(device)
+
+
+def measure(arrangement: str, size: int, style_size: int) -> Measurement:
+    """In this process: the faster of two runs, the second one left out for large pictures."""
+    run, content, style = network(arrangement), picture(size), picture(style_size)
+    if arrangement == "published":
+        content, style = content.float().div(255).contiguous(), style.float().div(255).contiguous()
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(2 if size <= 1024 else 1):
+            started = time.perf_counter()
+            run(content, style)
+            seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kilobytes, on Linux
+    return Measurement(arrangement, size, style_size, min(seconds), peak)
+
+
+def measure_apart(arrangement: str, size: int, style_size: int) -> Measurement:
+    """measure() in a process of its own."""
+    command = [sys.executable, __file__, "--one", arrangement, str(size), str(style_size)]
+    return Measurement(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def measure_all(sizes: tuple[int, ...], rounds: int) -> list[Measurement]:
+    """Medians over rounds in which the arrangements take turns, so that a slow minute hits all of them."""
+    plans = [(size, size) for size in sizes if size <= 2048] + [(size, FIXED_STYLE) for size in sizes if size >= 1024]
+    plans = [(*plan, x) for plan in dict.fromkeys(plans) for x in ARRANGEMENTS if plan[0] <= LARGEST[x]]
+    turns = [plan for size in sizes for _ in range(rounds if size <= 512 else 1) for plan in plans if plan[0] == size]
+    found: dict[tuple, list[Measurement]] = {}
+    for size, style_size, arrangement in tqdm(turns, unit="run"):
+        found.setdefault((size, style_size, arrangement), []).append(measure_apart(arrangement, size, style_size))
+    return [
+        Measurement(
+            arrangement,
+            size,
+            style_size,
+            statistics.median(x.seconds for x in several),
+            max(x.megabytes for x in several),
+        )
+        for (size, style_size, arrangement), several in found.items()
+    ]
+
+
+def table(found: list[Measurement]) -> str:
+    """A row per size, a column per arrangement: seconds, ratio to published, peak memory."""
+    cells = {(x.size, x.style_size, x.arrangement): x for x in found}
+    lines = [
+        "| content, style | published | float32 | bfloat16 | a2k-lite |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for size, style_size in dict.fromkeys((x.size, x.style_size) for x in found):
+        row = []
+        for arrangement in ARRANGEMENTS:
+            x, base = cells.get((size, style_size, arrangement)), cells.get((size, style_size, "published"))
+            if x is None:
+                row.append("")
+                continue
+            ratio = f" ({base.seconds / x.seconds:.1f}x)" if base and arrangement not in ("published", "lite") else ""
+            row.append(f"{x.seconds:.2f} s{ratio}, {x.megabytes / 1e3:.2f} GB")
+        lines.append(f"| {size}, {style_size} px | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def plot(found: list[Measurement], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name, label in zip(axes, ("seconds", "megabytes"), ("seconds", "peak memory, MB"), strict=True):
+        for arrangement in ARRANGEMENTS:
+            points = sorted(
+                (x.size, getattr(x, name))
+                for x in found
+                if x.arrangement == arrangement and x.style_size == min(x.size, FIXED_STYLE)
+            )
+            axis.plot(*zip(*points, strict=True), marker="o", label=arrangement)
+        axis.set(xscale="log", yscale="log", xlabel=f"picture's side, px (style: the same, at most {FIXED_STYLE})")
+        axis.set(ylabel=label, xticks=SIZES, xticklabels=SIZES)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(target, dpi=110)
+
+
+def page(found: list[Measurement], command: str) -> str:
+    cores = torch.get_num_threads()
+    return f"""# Performance
+
+Time for one picture, its style included, and the peak memory of the process, on {cores} CPU cores ({cpu_name()}), torch
+{torch.__version__}. `{command}` makes this page.
+
+![Time and peak memory against size](performance.png)
+
+{table(found)}
+
+- *published*: the arrangement of the published code, float32: contiguous NCHW maps, one convolution per projection,
+  unfolded copies of blocks, whole score tensors ([benchmarks/published.py](../benchmarks/published.py), tested against
+  results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
+- *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it. The
+  ratio is to *published* in the same run.
+- *a2k-lite*: the bundled network's shape, float32.
+
+Up to 512 px the figures are medians of rounds in which the arrangements take turns.
+"""
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--one", nargs=3, metavar=("ARRANGEMENT", "SIZE", "STYLE_SIZE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        arrangement, size, style_size = arguments.one
+        print(json.dumps(asdict(measure(arrangement, int(size), int(style_size)))))
+        return
+    found = measure_all(tuple(arguments.sizes), arguments.rounds)
+    plot(found, arguments.output.with_suffix(".png"))
+    arguments.output.write_text(page(found, "make performance"))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
