@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench audit audit-quick gpu-check clean
+.PHONY: demo test test-all lint bench performance audit audit-quick gpu-check clean
 
 demo: $(INSTALLED)  ## redraw the demo photos in the demo styles, into demo/out/
 	$(BIN)/python demo/run.py
@@ -20,6 +20,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks
+
+performance: $(INSTALLED)  ## time and memory against size, into docs/performance.md (half an hour)
+	$(BIN)/python benchmarks/end_to_end.py
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target, model its time, write docs/gpu-audit.md
 	$(BIN)/python -m benchmarks.audit

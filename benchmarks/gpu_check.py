@@ -5,12 +5,14 @@ Writes gpu-check-<GPU>.md beside the Makefile. Where there is no GPU it says so 
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from end_to_end import ARRANGEMENTS, network, picture
 from test_kernels import OPERATIONS, SHAPES, Shape, call, random_index
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,34 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def redraw_cell(arrangement: str, size: int) -> str:
+    """Median milliseconds and peak megabytes of redrawing a picture, its style of the same size included."""
+    run, content = network(arrangement, "cuda"), picture(size, "cuda")
+    if arrangement == "published":
+        content = content.float().div(255).contiguous()
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = []
+    try:
+        with torch.inference_mode():
+            for _ in range(5):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run(content, content)
+                end.record()
+                torch.cuda.synchronize()
+                milliseconds.append(start.elapsed_time(end))
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory"
+    return f"{statistics.median(milliseconds):.1f} ms, {torch.cuda.max_memory_allocated() / 1e6:.0f} MB"
+
+
+def network_table() -> str:
+    lines = [f"| picture | {' | '.join(ARRANGEMENTS)} |", f"| --- |{' ---: |' * len(ARRANGEMENTS)}"]
+    for size in (256, 512, 1024, 2048):
+        lines.append(f"| {size} px | {' | '.join(redraw_cell(x, size) for x in ARRANGEMENTS)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no GPU that PyTorch can use; nothing was checked")
@@ -86,6 +116,12 @@ torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda
 ## Time, bfloat16
 
 {table}
+
+## The whole network
+
+*published* is float32 in the arrangement of the published code, *lite* the shape of a2k-lite in float32.
+
+{network_table()}
 
 ## Peak memory beyond the inputs, forward
 
