@@ -234,8 +234,7 @@ def choose_backend(backend: str | None, like: Tensor, *, block_size: int, head_d
     if backend is None:
         backend, source = os.environ.get("A2K_BACKEND") or None, "A2K_BACKEND"
     if backend is None:
-        on_gpu = like.device.type == "cuda"
-        backend = "triton" if on_gpu and not triton_obstacle(like, block_size, head_dim) else "torch"
+        backend = "triton" if like.is_cuda and not triton_obstacle(like, block_size, head_dim) else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"{source} is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
     if backend != "triton":
@@ -258,7 +257,7 @@ def triton_obstacle(like: Tensor, block_size: int, head_dim: int) -> str | None:
         return f"block_size is {block_size}, over its {MAX_BLOCK_SIZE}"
     if head_dim > MAX_HEAD_DIM:
         return f"a head has {head_dim} channels, over its {MAX_HEAD_DIM}"
-    if like.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {like.device.type}, where it needs TRITON_INTERPRET=1, set before Python starts"
     return None
 
@@ -356,7 +355,7 @@ def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:
     """alpha or beta as a tensor of shape () on like's device; a tensor keeps its dtype and is not read back."""
     if not isinstance(number, Tensor):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.tensor(real(name, number), dtype=dtype, device=like.device)
+        return torch.full((), real(name, number), dtype=dtype, device=like.device)  # torch.tensor would wait for a GPU
     if tuple(number.shape) not in ((), (1,)):
         raise ValueError(f"{name} has shape {tuple(number.shape)}; it must be a float or of shape () or (1,)")
     if not number.is_floating_point():

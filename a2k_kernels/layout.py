@@ -15,9 +15,12 @@ class KeepGradLayout(torch.autograd.Function):
     """Identity whose gradient has the input's memory format, whatever the operations behind it prefer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.memory_format = output_format(x)
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.memory_format = output_format(inputs[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

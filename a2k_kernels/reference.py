@@ -3,13 +3,9 @@ Arbitrary Style Transfer", ICCV 2023, arXiv 2212.04105. Slow and plain; inputs a
 already validated. Half-precision inputs are computed in float32 and rounded once, at the end."""
 
 import torch
-from torch import Tensor
 
 from a2k_kernels.blocks import existing_points, merge_blocks, split_blocks
-
-
-def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
+from a2k_kernels.dtypes import at_least_float32
 
 
 def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
@@ -17,9 +13,8 @@ def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
 
     and v_agg likewise, with the gate of the keys; m is the number of points of the block.
     """
-    k, v, alpha, beta = at_least_float32(
-        split_blocks(key, block_size, num_heads), split_blocks(value, block_size, num_heads), alpha, beta
-    )
+    k, v = (at_least_float32(split_blocks(x, block_size, num_heads)) for x in (key, value))
+    alpha, beta = at_least_float32(alpha), at_least_float32(beta)
     exists = existing_points(key.shape[-2:], block_size, key.device)[..., None].to(k.dtype)  # (n, r, 1)
     m = exists.sum(-2)  # (n, 1)
     k_mean, v_mean = k.sum(-2) / m, v.sum(-2) / m  # (B, heads, n, d)
@@ -31,14 +26,14 @@ def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
 
 def distributed_attention(query, key, value, alpha, beta, *, block_size, num_heads, scale):
     """out_x = sum_z softmax_z(scale <q_x, k_agg_z>) v_agg_z, z over the blocks of the key map."""
-    k, v = at_least_float32(key, value)
+    k, v = at_least_float32(key), at_least_float32(value)
     k_agg, v_agg = block_aggregate(k, v, alpha, beta, block_size=block_size, num_heads=num_heads)
     return attend_aggregates(query, k_agg, v_agg, scale=scale)
 
 
 def attend_aggregates(query, key_agg, value_agg, *, scale):
     """out_x = sum_z softmax_z(scale <q_x, k_agg_z>) v_agg_z."""
-    q, k_agg, v_agg = at_least_float32(query, key_agg, value_agg)
+    q, k_agg, v_agg = (at_least_float32(x) for x in (query, key_agg, value_agg))
     q = q.flatten(2).unflatten(1, (k_agg.shape[1], -1)).mT  # (B, heads, H * W, d)
     out = (scale * q @ k_agg.mT).softmax(-1) @ v_agg
     return out.mT.flatten(1, 2).unflatten(2, query.shape[-2:]).to(query.dtype)
@@ -46,7 +41,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
 
 def block_match(query, key, *, block_size, num_heads):
     """index_x = argmax_z sum_y <q_{x,y}, k_{z,y}>, y over the positions in a block."""
-    q, k = at_least_float32(split_blocks(query, block_size, num_heads), split_blocks(key, block_size, num_heads))
+    q, k = (at_least_float32(split_blocks(x, block_size, num_heads)) for x in (query, key))
     scores = q.flatten(-2) @ k.flatten(-2).mT  # (B, heads, n_query_blocks, n_key_blocks)
     return scores.argmax(-1).int()
 
@@ -56,7 +51,7 @@ def block_attention(query, key, value, index, *, block_size, num_heads, scale):
 
     Where api.check_index can't look (on a GPU), an index out of range gives zeros.
     """
-    q, k, v = at_least_float32(*(split_blocks(x, block_size, num_heads) for x in (query, key, value)))
+    q, k, v = (at_least_float32(split_blocks(x, block_size, num_heads)) for x in (query, key, value))
     exists = existing_points(key.shape[-2:], block_size, key.device)  # (n, r)
     selected = index.long().clamp(0, len(exists) - 1)
     k, v = (torch.take_along_dim(x, selected[..., None, None], dim=2) for x in (k, v))

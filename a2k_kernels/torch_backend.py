@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, split_blocks
+from a2k_kernels.dtypes import at_least_float32
 
 BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def head_groups(num_heads: int, elements_per_head: int) -> Iterator[tuple[int, int]]:
@@ -65,6 +62,31 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, exists: Ten
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """Identity before an operation without a second derivative: asking for one says what to do instead."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return NotDifferentiable.apply(grad)
+
+
+class NotDifferentiable(OnceDifferentiable):
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"backend 'torch' has no second derivative of attention to aggregated keys in {grad.dtype}; "
+            "use backend='reference', or float64 maps"
+        )
+
+
 def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
     """See reference.block_aggregate. Points that a cut block lacks are zero, so sums need no mask."""
     points = existing_points(key.shape[-2:], block_size, key.device).sum(1, keepdim=True)  # (n, 1)
@@ -96,7 +118,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
     def attend(band: Tensor, _top: int) -> Tensor:
         q = band.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, rows * W, d)
         if fused:
-            out = F.scaled_dot_product_attention(q, k_agg, v_agg, scale=scale)
+            out = F.scaled_dot_product_attention(*(OnceDifferentiable.apply(x) for x in (q, k_agg, v_agg)), scale=scale)
         else:
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 import a2k_kernels
 from a2k_kernels.blocks import count_blocks, split_blocks
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; ttsem's stand-in counts as a GPU
 INPUTS = {
     "block_aggregate": ("key", "value"),
     "distributed_attention": ("query", "key", "value"),
@@ -147,6 +148,27 @@ def make_case(
     return Case(operation, tensors, options)
 
 
+def small_case(operation: str, **geometry) -> Case:
+    """Six query blocks and six key blocks, most of them cut, where the Triton kernels run."""
+    return make_case(operation, **{"batch": 1, "heads": 2, "device": DEVICE, **geometry})
+
+
+def at_index(case: Case, index: Tensor) -> Case:
+    """The block_attention that a progressive_attention becomes once its index is known."""
+    options = {name: x for name, x in case.options.items() if name != "return_index"}
+    return Case("block_attention", case.tensors | {"index": index}, options)
+
+
+def random_upstream(outs: tuple[Tensor, ...], layout: str) -> list[Tensor]:
+    return [arrange(torch.randn(x.shape, device=x.device).to(x.dtype), layout) for x in outs]
+
+
+def gradients(case: Case, outs: tuple[Tensor, ...], upstream: list[Tensor]) -> dict[str, Tensor]:
+    inputs = case.differentiable()
+    upstream = [x.to(out.dtype) for x, out in zip(upstream, outs, strict=True)]
+    return dict(zip(inputs, torch.autograd.grad(outs, inputs.values(), upstream), strict=True))
+
+
 def random_case(seed: int) -> Case:
     """Any geometry, layout and operation, drawn again until the work is small."""
     rng = random.Random(seed)
@@ -179,7 +201,7 @@ def random_case(seed: int) -> Case:
 HEAD_DIMS = ((24, 16), (56, 32), (120, 64), (184, 64), (24, 24), (48, 48), (32, 32), (64, 64))
 
 
-def random_blocks_case(seed: int, device: str, seconds: float) -> Case:
+def random_blocks_case(seed: int, seconds: float) -> Case:
     """Any block size, head dimensions, dtype, layout and operation on up to 3 x 3 blocks, most of them cut.
 
     Drawn again until Triton's interpreter should take at most that long.
@@ -212,7 +234,7 @@ def random_blocks_case(seed: int, device: str, seconds: float) -> Case:
         scale=rng.choice((1.0 if d_k <= 16 else 0.1, d_k**-0.5, -0.1)),
         scalar_shape=rng.choice(((), (1,))),
         seed=seed,
-        device=device,
+        device=DEVICE,
     )
 
 

@@ -1,4 +1,4 @@
-"""What Triton 3.9's interpreter does wrong, or slowly, replaced for the time of the tests."""
+"""What Triton's interpreter (3.6 to 3.9) does wrong, or slowly, replaced for the time of the tests."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ def only_once(patch_lang):
         if modules(fn) not in patched:
             patched.add(modules(fn))
             patch_lang(fn)
+            tl.tensor.__index__ = lambda tensor: tensor.handle.data.item()  # Triton 3.6 needs NumPy before 2.4 for it
         return unrestored
 
     return patch

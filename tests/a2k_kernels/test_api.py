@@ -279,7 +279,7 @@ def test_triton_may_be_absent(operation, monkeypatch):
 
 def gpu_map(channels: int = 8, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
     """As much of a map on a GPU as choosing a backend looks at."""
-    return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=dtype, shape=(1, channels, 9, 9))
+    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, channels, 9, 9))
 
 
 def test_automatic_choice():
@@ -444,7 +444,7 @@ def test_half_precision_is_as_accurate_as_the_formulas_in_that_dtype(
         return list(torch.autograd.grad(outs, inputs, [x.to(outs[0].dtype) for x in upstream]))
 
     actual_grads = gradients(case, actual)
-    monkeypatch.setattr(reference, "at_least_float32", lambda *tensors: tensors)
+    monkeypatch.setattr(reference, "at_least_float32", lambda x: x)
     plain = case.run("reference")
     assert all(x.dtype == dtype for x in plain)
     results = zip(
@@ -621,6 +621,21 @@ def test_only_inputs_that_require_grad_get_one(backend, operation, band_elements
                 torch.testing.assert_close(x.grad, expected[name])
             else:
                 assert x.grad is None
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functional_gradients(backend, operation):
+    """torch.func.grad, which takes other paths through autograd."""
+    case = make_case(operation)
+    inputs = case.differentiable()
+
+    def loss(tensors):
+        return sum(x.square().sum() for x in case.run(backend, **tensors) if x.is_floating_point())
+
+    actual = torch.func.grad(loss)({name: x.detach() for name, x in inputs.items()})
+    for name, expected in zip(inputs, torch.autograd.grad(loss(inputs), inputs.values()), strict=True):
+        torch.testing.assert_close(actual[name], expected)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

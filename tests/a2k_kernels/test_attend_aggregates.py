@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, assert_near, fresh_seeds, make_case
+from cases import DEVICE, LAYOUTS, assert_near, fresh_seeds, make_case
 
 from a2k_kernels import attend_aggregates, block_aggregate, distributed_attention
 
@@ -27,7 +27,8 @@ def test_is_half_of_distributed_attention(backend, geometry, seed):
     """Outputs and gradients, for any layout of the query."""
     backend_or_skip(backend)
     layout = LAYOUTS[seed % len(LAYOUTS)]
-    case = make_case("distributed_attention", **geometry, layouts=(layout, "contiguous", "contiguous"), seed=seed)
+    layouts = (layout, "contiguous", "contiguous")
+    case = make_case("distributed_attention", **geometry, layouts=layouts, seed=seed, device=DEVICE)
     query, key, value, alpha, beta = (case.tensors[name] for name in ("query", "key", "value", "alpha", "beta"))
     blocks = {"block_size": case.options["block_size"], "num_heads": case.options["num_heads"]}
     expected = distributed_attention(
@@ -38,7 +39,7 @@ def test_is_half_of_distributed_attention(backend, geometry, seed):
     assert_near(actual, expected, 1e-5, "out")
     assert actual.stride() == expected.stride()
     inputs = (query, key, value)
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     gradients = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (actual, expected))
     for name, ours, theirs in zip(("query", "key", "value"), *gradients, strict=True):
         assert_near(ours, theirs, 1e-5, name)

@@ -90,6 +90,16 @@ def test_second_derivatives_equal_reference(operation, layout, band_elements, mo
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("differentiated", ["query", "key", "value"])
+def test_second_derivative_of_fused_attention_raises(differentiated, layout):
+    case = make_case("distributed_attention", d_k=4, d_v=4, layouts=(layout,) * 3)
+    x = case.tensors[differentiated]
+    (grad,) = torch.autograd.grad(case.run("torch")[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative .* in torch.float32; use backend='reference'"):
+        grad.square().sum().backward()
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the size of the largest tensor that any operation makes (a view counts as its own elements)."""
 

@@ -1,6 +1,7 @@
 """The Triton backend gives the reference's results: outputs and gradients, over everything its kernels take.
 
-Without a GPU they run in Triton's interpreter (conftest.py). Uninitialised memory is NaN in all of these tests.
+On a GPU, or ttsem's stand-in for one (`make sanitize`), they run on CUDA tensors; else in Triton's interpreter.
+Uninitialised memory is NaN in all of these tests.
 """
 
 import random
@@ -9,22 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from cases import (
+    DEVICE,
     DIFFERENTIABLE,
     HEAD_DIMS,
-    INPUTS,
     LAYOUTS,
     OPERATIONS,
     Case,
     arrange,
     assert_matches,
     assert_near,
+    at_index,
     fresh_seeds,
-    make_case,
+    gradients,
     random_blocks_case,
+    random_upstream,
+    small_case,
 )
 from torch import Tensor
 
-import a2k_kernels
 from a2k_kernels import reference
 
 pytest.importorskip("triton")
@@ -34,57 +37,21 @@ from a2k_kernels.blocks import count_blocks, split_blocks
 from a2k_kernels.triton import block_aggregate, block_attention, block_match, configs, distributed_attention
 from a2k_kernels.triton.tiles import is_large
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "corrected_interpreter")
 ONE_TILE = {"d_k": 3, "d_v": 5}  # block_attention's backward in one kernel
 MANY_TILES = {"d_k": 70, "d_v": 20}  # and in three
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New uninitialised tensors hold NaN, or the largest integer: an element that no kernel wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter():
-    if DEVICE == "cuda":
-        yield
-        return
-    import interpreter_fixes  # needs Triton
-
-    with pytest.MonkeyPatch.context() as patch:
-        interpreter_fixes.install(patch)
-        yield
 
 
 def test_memory_is_poisoned():
     assert torch.empty(3, device=DEVICE).isnan().all()
     assert torch.ones(3, device=DEVICE).new_empty(3).isnan().all()
-    assert torch.empty(3, dtype=torch.int32, device=DEVICE).eq(2**31 - 1).all()
-
-
-def random_upstream(outs: tuple[Tensor, ...], layout: str) -> list[Tensor]:
-    return [arrange(torch.randn(x.shape, device=x.device).to(x.dtype), layout) for x in outs]
-
-
-def gradients(case: Case, outs: tuple[Tensor, ...], upstream: list[Tensor]) -> dict[str, Tensor]:
-    inputs = case.differentiable()
-    upstream = [x.to(out.dtype) for x, out in zip(upstream, outs, strict=True)]
-    return dict(zip(inputs, torch.autograd.grad(outs, inputs.values(), upstream), strict=True))
-
-
-def at_index(case: Case, index: Tensor) -> Case:
-    """The block_attention that a progressive_attention becomes once its index is known."""
-    options = {name: x for name, x in case.options.items() if name != "return_index"}
-    return Case("block_attention", case.tensors | {"index": index}, options)
+    assert torch.empty(3, dtype=torch.int32, device=DEVICE).gt(2**31 - 100).all()
 
 
 def run_operation_by_operation(case: Case, upstream: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Results of the reference when each of its operations rounds to the dtype of the inputs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "at_least_float32", lambda *tensors: tensors)
+        patch.setattr(reference, "at_least_float32", lambda x: x)
         outs = case.run("reference")
         return outs, gradients(case, outs, upstream)
 
@@ -94,9 +61,12 @@ def distance(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
-    """At most twice the error of the formulas run in that dtype, or of the exact result rounded to it."""
-    allowed = 2 * max(distance(plain, exact), distance(exact.to(actual.dtype), exact))
-    assert distance(actual, exact) <= allowed + 1e-6, f"{name}: {distance(actual, exact):.3g}, allowed {allowed:.3g}"
+    """At most twice the error of the formulas run in that dtype, or of the exact result rounded to it.
+
+    Both are 0 where the terms of a gradient cancel exactly; then float32's rounding of terms near 1 is allowed.
+    """
+    allowed = 2 * max(distance(plain, exact), distance(exact.to(actual.dtype), exact)) + 1e-6 * exact.numel() ** 0.5
+    assert distance(actual, exact) <= allowed, f"{name}: {distance(actual, exact):.3g}, allowed {allowed:.3g}"
 
 
 def assert_equals_reference(case: Case, upstream_layout: str = "contiguous") -> None:
@@ -155,24 +125,19 @@ def assert_format(x: Tensor, like: Tensor) -> None:
 
 def assert_random_case(seed: int, seconds: float) -> None:
     torch.manual_seed(seed)
-    assert_equals_reference(random_blocks_case(seed, DEVICE, seconds), random.Random(seed).choice(LAYOUTS))
+    assert_equals_reference(random_blocks_case(seed, seconds), random.Random(seed).choice(LAYOUTS))
 
 
-@pytest.mark.parametrize("seed", fresh_seeds(40), ids="seed{}".format)
+@pytest.mark.parametrize("seed", fresh_seeds(160), ids="seed{}".format)
 def test_random_case_equals_reference(seed):
     """A failure is repeated by A2K_TEST_SEED=<seed> pytest -k seed<seed>."""
-    assert_random_case(seed, 1.0)
+    assert_random_case(seed, 2.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", fresh_seeds(120), ids="seed{}".format)
 def test_larger_random_case_equals_reference(seed):
-    assert_random_case(seed, 6.0)
-
-
-def small_case(operation: str, **geometry) -> Case:
-    """Six query blocks and six key blocks, most of them cut."""
-    return make_case(operation, **{"batch": 1, "heads": 2, "device": DEVICE, **geometry})
+    assert_random_case(seed, 12.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -457,6 +422,7 @@ def test_only_inputs_that_require_grad_get_one(operation, dims):
 @pytest.mark.parametrize("operation", ["block_aggregate", "distributed_attention", "block_attention"])
 def test_backward_is_bitwise_repeatable(operation, monkeypatch):
     monkeypatch.setattr(distributed_attention, "distributed_splits", lambda programs, tiles: 2)
+    monkeypatch.setattr(block_attention, "SEGMENT", 2)
     case = small_case(operation, block_size=1, heads=1, query_size=(6, 6), key_size=(2, 3))
     outs = case.run("triton")
     upstream = random_upstream(outs, "contiguous")
@@ -464,14 +430,39 @@ def test_backward_is_bitwise_repeatable(operation, monkeypatch):
     assert all(first[name].equal(again[name]) for name in first)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU chooses the order of programs itself")
+@pytest.mark.parametrize("dims", [ONE_TILE, MANY_TILES], ids=["one_tile", "many_tiles"])
 @pytest.mark.parametrize("operation", DIFFERENTIABLE)
-def test_second_derivative_raises(operation):
-    case = small_case(operation, heads=1, query_size=(3, 3), key_size=(3, 3))
-    inputs = list(case.differentiable().values())
-    out = case.run("triton")[0].square().sum()
-    grads = torch.autograd.grad(out, inputs, create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match="a2k"):
-        sum(x.square().sum() for x in grads if x is not None).backward()
+def test_order_of_programs_changes_nothing(operation, dims, monkeypatch):
+    """Bitwise, outputs and gradients: segments of a list, tiles and blocks may be computed in any order."""
+    monkeypatch.setattr(distributed_attention, "distributed_splits", lambda programs, tiles: 2)
+    monkeypatch.setattr(block_attention, "SEGMENT", 2)
+    case = small_case(operation, heads=1, block_size=2, query_size=(7, 5), key_size=(3, 3), **dims)
+    upstream, results = None, []
+    for shuffle in (False, True):
+        if shuffle:
+            shuffle_programs(monkeypatch)
+        outs = [x for x in case.run("triton") if x.requires_grad]
+        upstream = upstream or random_upstream(outs, "contiguous")
+        results.append([*outs, *gradients(case, outs, upstream).values()])
+    assert all(x.equal(y) for x, y in zip(*results, strict=True))
+
+
+def shuffle_programs(monkeypatch) -> None:
+    """Let Triton's interpreter run the programs of every launch in a random order."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    set_grid_dim, set_grid_idx, orders = builder.set_grid_dim, builder.set_grid_idx, []
+
+    def start(*grid: int) -> None:
+        orders[:] = [torch.randperm(n).tolist() for n in grid]
+        set_grid_dim(*grid)
+
+    def select(*program: int) -> None:
+        set_grid_idx(*(order[i] for order, i in zip(orders, program, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_dim", start)
+    monkeypatch.setattr(builder, "set_grid_idx", select)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -495,135 +486,6 @@ def test_maps_that_need_offsets_of_64_bits():
     assert not is_large(x.expand(1, 256, 2**20, 2**20))
     assert is_large(x.as_strided((1, 2, 100, 100), (0, 2**31, 100, 1)))
     assert is_large(x.as_strided((1, 64, 2**13, 2**13), (2**32, 1, 2**19, 64)))
-
-
-# Registration --------------------------------------------------------------------------------------------
-
-
-def operator_calls() -> dict[str, tuple]:
-    """Every operator, with arguments."""
-    case = small_case(
-        "distributed_attention", heads=1, query_size=(3, 5), key_size=(4, 3), layouts=("channels_last",) * 3
-    )
-    query, key, value, alpha, beta = case.tensors.values()
-    keys, values = (x.detach() for x in ops.aggregate_op(key, value, alpha, beta, 4, 1))
-    out, lse = (x.detach() for x in ops.attend_op(query, keys, values, 1, 0.5, "ieee"))
-    index = torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE)
-    plain = [x.detach() for x in (query, key, value, alpha, beta)]
-    some = [False, True, True]
-    return {
-        "aggregate_op": (key, value, alpha, beta, 4, 1),
-        "aggregate_backward_op": (*plain[1:], keys, values, [True, False], 4, 1),
-        "attend_op": (query, keys.clone().requires_grad_(), values.clone().requires_grad_(), 1, 0.5, "ieee"),
-        "attend_backward_op": (plain[0], keys, values, out, lse, out.clone(), [True, True], 1, 0.5, "ieee"),
-        "match_op": (*plain[:2], 4, 1, "ieee"),
-        "attention_op": (query, key, value, index, 4, 1, 0.5, "ieee"),
-        "attention_backward_op": (*plain[:3], index, out, some, 4, 1, 0.5, "ieee"),
-    }
-
-
-@pytest.mark.parametrize("name", [x for x in dir(ops) if x.endswith("_op")])
-def test_opcheck(name):
-    torch.library.opcheck(getattr(ops, name), operator_calls()[name])
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_compiles_without_graph_break(operation):
-    torch._dynamo.reset()
-    case = small_case(operation, heads=1, layouts=("channels_last", "contiguous", "sliced"))
-    expected = case.run("triton")
-    actual = torch.compile(lambda: case.run("triton"), backend="aot_eager", fullgraph=True)()
-    for x, y in zip(actual, expected, strict=True):
-        assert x.equal(y)
-        assert x.stride() == y.stride()
-    if operation == "block_match":
-        return
-    upstream = random_upstream([x for x in expected if x.requires_grad], "transposed")
-    results = [gradients(case, [x for x in outs if x.requires_grad], upstream) for outs in (actual, expected)]
-    for name in results[0]:
-        assert results[0][name].equal(results[1][name])
-        assert results[0][name].stride() == results[1][name].stride()
-
-
-class Operation(torch.nn.Module):
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.case = case
-
-    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
-        return self.case.run("triton", **dict(zip(INPUTS[self.case.operation], maps, strict=True)))
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_exports(operation):
-    case = small_case(operation, heads=1)
-    for name in ("alpha", "beta"):
-        if case.tensors.pop(name, None) is not None:
-            case.options[name] = 0.5
-    maps = [case.tensors[name].detach() for name in INPUTS[operation]]
-    program = torch.export.export(Operation(case), tuple(maps))
-    for x, y in zip(program.module()(*maps), case.run("triton"), strict=True):
-        assert x.equal(y)
-
-
-@pytest.mark.parametrize("operation", DIFFERENTIABLE)
-def test_autocast(operation):
-    """Results are those of maps in the autocast dtype, matches those of float32; gradients have the input's dtype."""
-    case = small_case(operation, heads=1, layouts=("channels_last",) * 3)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        outs = case.run("triton")
-    cast = {name: case.tensors[name].bfloat16() for name in ("query", "key", "value") if name in case.tensors}
-    if operation == "progressive_attention":
-        *outs, index = outs
-        assert index.equal(case.run("triton")[1])
-        case = at_index(case, index)
-    for x, y in zip(outs, case.run("triton", **cast), strict=True):
-        assert x.dtype == torch.bfloat16
-        assert x.equal(y)
-    inputs = case.differentiable().values()
-    grads = torch.autograd.grad([x.sum() for x in outs], inputs)
-    assert [(x.dtype, x.stride()) for x in grads] == [(x.dtype, x.stride()) for x in inputs]
-
-
-@pytest.mark.parametrize("operation", DIFFERENTIABLE)
-def test_checkpointing_and_deterministic_algorithms(operation):
-    torch.use_deterministic_algorithms(True)  # an operation without a deterministic implementation raises
-    case = small_case(operation, heads=1)
-    outs = [x for x in case.run("triton") if x.requires_grad]
-    upstream = random_upstream(outs, "contiguous")
-    expected = gradients(case, outs, upstream)
-    outs = torch.utils.checkpoint.checkpoint(lambda: case.run("triton"), use_reentrant=False)
-    actual = gradients(case, [x for x in outs if x.requires_grad], upstream)
-    assert all(actual[name].equal(expected[name]) for name in expected)
-
-
-def test_progressive_attention_is_match_then_attention():
-    case = small_case("progressive_attention", scale=0.5)
-    out, index = case.run("triton")
-    query, key, value = (case.tensors[name] for name in ("query", "key", "value"))
-    sizes = {"block_size": 4, "num_heads": 2, "backend": "triton"}
-    assert index.equal(a2k_kernels.block_match(query, key, **sizes))
-    assert out.equal(a2k_kernels.block_attention(query, key, value, index, scale=0.5, **sizes))
-
-
-def test_saves_nothing_for_backward_but_inputs_and_index():
-    case = small_case("progressive_attention")
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        _, index = case.run("triton")
-    known = {x.untyped_storage().data_ptr() for x in (*case.tensors.values(), index)}
-    assert {x.untyped_storage().data_ptr() for x in saved} == known
-
-
-def test_float32_precision_follows_the_switch_of_pytorch():
-    before = torch.backends.cuda.matmul.fp32_precision
-    assert ops.float32_precision(False) == ops.float32_precision(True) == "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        expected = ("ieee", "ieee") if torch.version.hip else ("tf32", "tf32x3")
-        assert (ops.float32_precision(False), ops.float32_precision(True)) == expected
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 # The A2K module -------------------------------------------------------------------------------------------
