@@ -59,7 +59,7 @@ def distributed_fwd_kernel(
     map_number = batch * NUM_HEADS + head
     row, col, exists = point // width, point % width, point < height * width
     q = load_tile(query_ptr, query_strides, batch, head, 0, row, col, exists, DIM, BLOCK_D, LARGE)
-    q = tl.where(scale < 0, -q, q)  # so that the largest score has the largest weight
+    q = tl.where(scale < 0, -q.to(tl.float32), q).to(q.dtype)  # so that the largest score has the largest weight
     factor = tl.abs(scale) * LOG2E
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)

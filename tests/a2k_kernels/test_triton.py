@@ -60,12 +60,19 @@ def distance(actual: Tensor, exact: Tensor) -> float:
     return (actual.detach().double() - exact.detach()).norm().item()
 
 
-def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+def size_of_terms(case: Case) -> float:
+    """About how large the terms scale <dO, v_y> of a gradient are, which cancel where a row's keys or values agree."""
+    value_dim = case.tensors["value"].shape[1] // case.options["num_heads"]
+    return max(1.0, abs(case.options.get("scale", 0.0)) * value_dim**0.5)
+
+
+def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str, terms: float) -> None:
     """At most twice the error of the formulas run in that dtype, or of the exact result rounded to it.
 
-    Both are 0 where the terms of a gradient cancel exactly; then float32's rounding of terms near 1 is allowed.
+    Both are 0 where terms cancel exactly: float32's rounding of them is allowed besides.
     """
-    allowed = 2 * max(distance(plain, exact), distance(exact.to(actual.dtype), exact)) + 1e-6 * exact.numel() ** 0.5
+    half_precision = max(distance(plain, exact), distance(exact.to(actual.dtype), exact))
+    allowed = 2 * half_precision + 1e-6 * terms * exact.numel() ** 0.5
     assert distance(actual, exact) <= allowed, f"{name}: {distance(actual, exact):.3g}, allowed {allowed:.3g}"
 
 
@@ -82,20 +89,20 @@ def assert_equals_reference(case: Case, upstream_layout: str = "contiguous") -> 
     grads, expected = gradients(case, outs, upstream), exact.run("reference")
     expected_grads = gradients(exact, expected, upstream)
     assert_layouts(case, outs, grads)
-    dtype = case.tensors["key"].dtype
+    dtype, terms = case.tensors["key"].dtype, size_of_terms(case)
     if dtype == torch.float32:
         for out, expected_out in zip(outs, expected, strict=True):
             assert_near(out, expected_out, 1e-5, "output", 0.1)
         for name, grad in grads.items():
-            scalar = name in ("alpha", "beta")
-            assert_near(grad, expected_grads[name], 2e-5, f"gradient of {name}", 1.0 if scalar else 0.1)
+            least_scale = 1.0 if name in ("alpha", "beta") else 0.1 * terms
+            assert_near(grad, expected_grads[name], 2e-5, f"gradient of {name}", least_scale)
         return
     plain, plain_grads = run_operation_by_operation(case, upstream)
     for out, plain_out, expected_out in zip(outs, plain, expected, strict=True):
-        assert_as_accurate(out, plain_out, expected_out, "output")
+        assert_as_accurate(out, plain_out, expected_out, "output", 1.0)
     for name in grads:
         if name not in ("alpha", "beta"):  # which add up all of a map in float32
-            assert_as_accurate(grads[name], plain_grads[name], expected_grads[name], f"gradient of {name}")
+            assert_as_accurate(grads[name], plain_grads[name], expected_grads[name], f"gradient of {name}", terms)
 
 
 def assert_layouts(case: Case, outs: tuple[Tensor, ...], grads: dict[str, Tensor]) -> None:
@@ -360,6 +367,13 @@ def test_scores_far_from_zero(operation, sign):
         results.append({"output": outs[0], **gradients(case, outs, upstream)})
     for name, expected in results[1].items():
         assert_near(results[0][name], expected, 1e-3, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", ["distributed_attention", "block_attention"])
+def test_negative_scale(operation, dtype):
+    torch.manual_seed(0)
+    assert_equals_reference(small_case(operation, heads=1, scale=-0.5, dtype=dtype))
 
 
 # distributed_attention and block_aggregate ----------------------------------------------------------------
