@@ -27,7 +27,7 @@ class GPU:
 
 SUSTAINED = 0.9  # of the memory's and the second-level cache's bandwidth, as large copies reach
 CACHE_SHARE = 0.8  # of the second-level cache that data to be read again may take
-CACHE_BYTES = 5120 * 0.6  # a cycle, of all processors: the white paper's figure, and what microbenchmarks see of it
+CACHE_BYTES = 5120 * 0.6  # a cycle, of all processors: A100's white paper's figure, and an assumed share of it
 MOST_PADDING = 6  # times the useful products: heads padded to powers of two, blocks and their number to 16
 SCHEDULERS = 4
 INTEGER = 2  # cycles a warp of integer, comparison or selection instructions keeps its unit busy

@@ -190,8 +190,8 @@ operators of PyTorch, which are charged for the bytes of their operands and resu
   over the same bytes side by side (the aggregated keys of distributed_attention, the queries of its backward, the
   keys of block_match); of query tiles of block_match while those of all running programs fit
   {model.CACHE_SHARE:.0%} of the cache; of what a program itself has just read.
-- **cache**: all bytes asked for, at {model.CACHE_BYTES:,.0f} bytes a cycle (5,120 by NVIDIA's A100 white paper, of
-  which microbenchmarks see about 60%).
+- **cache**: all bytes asked for, at {model.CACHE_BYTES:,.0f} bytes a cycle: 60% of the 5,120 of NVIDIA's A100 white
+  paper, which is an assumption, for H100 too.
 - **issue**: the instructions of the machine code, each loop's times its iterations, predicated ones included, one per
   scheduler and cycle; both sides of a branch count. **fma**, **integer**, **special** (exponentials, conversions):
   those of a unit, at its width by the CUDA programming guide. **shared**: bytes through shared memory, at
