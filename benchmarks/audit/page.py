@@ -62,7 +62,7 @@ occupancy and instructions are the compiler's. **All times are modelled, none wa
 [Modelled times](#modelled-times).
 
 - Targets: {targets}. Dtypes: {dtypes}.
-- Maps: {layers}, of square pictures of {pictures} px; those of the losses of 256 px and forward only.
+- Maps: {layers}, of square pictures of {pictures} px; losses, if listed, at 256 px and forward only.
 """
 
 RESOURCES = """Worst over all shapes: registers a thread / spilled registers (bytes on NVIDIA) / KiB of shared memory /
