@@ -112,14 +112,14 @@ def block_attention_bwd_kernel(
     owner = tl.load(owner_ptr + map_number * tl.num_programs(0) + program)
     if owner >= num_lists:
         return
-    first, end, slot = read_segment(
-        list_start_ptr, segment_start_ptr, slot_start_ptr, owner, program, map_number, num_lists, SEGMENT
-    )
     key_row, key_col, key_exists, stored = key_block_points(
         owner, num_lists - 1, key_height, key_width, BLOCK_SIZE, BLOCK_R
     )
     k = load_tile(key_ptr, key_strides, batch, head, 0, key_row, key_col, stored, DIM, BLOCK_D, LARGE)
     v = load_tile(value_ptr, value_strides, batch, head, 0, key_row, key_col, stored, VALUE_DIM, BLOCK_DV, LARGE)
+    first, end, slot = read_segment(
+        list_start_ptr, segment_start_ptr, slot_start_ptr, owner, program, map_number, num_lists, SEGMENT
+    )
     grad_k = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     zeros = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
@@ -282,19 +282,27 @@ def block_attention_bwd_key_kernel(
 def add_segments_kernel(
     workspace_ptr, grad_ptr, slot_start_ptr, grad_strides, height, width, num_lists, num_slots,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the segments, in their order, of a key block whose list was split. One program: a chunk of a block."""
-    block, map_number, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Sum over the segments, in a fixed order, of a key block whose list was split. One program: ROWS points of a chunk
+    of channels of a block; SLOTS segments are read at a time."""
+    TILES: tl.constexpr = BLOCK_R // ROWS
+    block, map_number = tl.program_id(0), tl.program_id(1)
+    chunk, first_point = tl.program_id(2) // TILES, tl.program_id(2) % TILES * ROWS
     batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
     slot_start = slot_start_ptr + map_number * (num_lists + 1) + block
     first, end = tl.load(slot_start), tl.load(slot_start + 1)
     if first == end:
         return
-    grad = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for slot in range(first, end):
-        grad += tl.load(slot_pointers(workspace_ptr, map_number, num_slots, slot, chunk, BLOCK_R, DIM, BLOCK_D))
-    row, col, exists = block_points(block, 0, height, width, BLOCK_SIZE, BLOCK_R)
+    slots = tl.arange(0, SLOTS)[:, None, None]
+    points = first_point + tl.arange(0, ROWS)[None, :, None]
+    tile = tl.cdiv(DIM, BLOCK_D) * BLOCK_R * BLOCK_D  # elements of a slot
+    place = chunk * (BLOCK_R * BLOCK_D) + points * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
+    grad = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for slot in range(first, end, SLOTS):
+        pointers = workspace_ptr + (map_number.to(tl.int64) * num_slots + slot + slots) * tile + place
+        grad += tl.sum(tl.load(pointers, mask=slot + slots < end, other=0.0), axis=0)  # of [SLOTS, ROWS, BLOCK_D]
+    row, col, exists = block_points(block, first_point, height, width, BLOCK_SIZE, ROWS)
     store_tile(grad_ptr, grad_strides, grad, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE)
 
 
@@ -415,8 +423,10 @@ def block_attention_bwd(
             (grad_value, value_workspace, value_dim, "BLOCK_DV"),
         ):
             if grad is not None:
-                add_segments_kernel[(key_rows * key_cols, maps, -(-channels // tiles[block]))](
+                parts = -(-channels // tiles[block]) * (tiles["BLOCK_N"] // 16)
+                add_segments_kernel[(key_rows * key_cols, maps, parts)](
                     workspace, grad, lists.slot_start, grad.stride(), key_height, key_width,
                     lists.num_lists, lists.num_slots, channels, block_size, num_heads, large,
-                    BLOCK_R=tiles["BLOCK_N"], BLOCK_D=tiles[block],
+                    BLOCK_R=tiles["BLOCK_N"], BLOCK_D=tiles[block], ROWS=16, SLOTS=8,
+                    num_warps=max(1, tiles[block] // 16),
                 )  # fmt: skip

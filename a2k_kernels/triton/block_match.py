@@ -74,9 +74,9 @@ def block_match_kernel(
 
     Writes the best score and index of its range to (splits, B * NUM_HEADS, num_blocks).
     """
-    split, map_number = tl.program_id(1), tl.program_id(2)
+    split, map_number = tl.program_id(0), tl.program_id(2)  # splits first: neighbours read the same query blocks
     batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
-    block = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     query, rows, cols = block_origins(
         query_ptr, query_strides, batch, head, block, num_blocks, height, width, DIM, BLOCK_SIZE, LARGE
     )
@@ -134,7 +134,7 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     score = torch.empty((splits, maps, blocks), dtype=torch.float32, device=query.device)
     index = torch.empty((splits, maps, blocks), dtype=torch.int32, device=query.device)
     with on_device(query):
-        block_match_kernel[(programs, splits, maps)](
+        block_match_kernel[(splits, programs, maps)](
             query, key, score, index, query.stride(), key.stride(),
             H, W, key_height, key_width, blocks, key_blocks, -(-key_tiles // splits),
             C // num_heads, block_size, num_heads, precision, is_large(query, key), **tiles,

@@ -14,11 +14,6 @@ def chunk_width(dim: int, element_size: int) -> int:
     return min((32, 64, 128), key=lambda width: (-(-dim // width) * width, -width))
 
 
-def products_hold_registers(arch: str) -> bool:
-    """Whether tensor cores take both operands from registers: NVIDIA's, but for Hopper and Blackwell's data centre."""
-    return arch.startswith("sm_") and arch not in ("sm_90", "sm_100", "sm_103")
-
-
 def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """block_attention: BLOCK_M query points against all BLOCK_N points of a key block, channels in chunks."""
     block_n = tile_side(block_size**2)
@@ -28,19 +23,19 @@ def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int
         "BLOCK_N": block_n,
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
-        "num_warps": min(4, block_n // 16) if element_size == 2 else 8 if block_n <= 16 else 16,
+        "num_warps": min(4, block_n // 16) if element_size == 2 else 16 if block_n in (32, 64) else 8,
         "num_stages": 2,
     }
 
 
 def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_size: int, arch: str) -> dict[str, int]:
-    """block_attention backward: as forward, but all channels where a block fits one tile, and else in float32 fewer
-    query points."""
+    """block_attention backward: as forward, but all channels where a block fits one tile, without a pipeline over the
+    query blocks, of which most key blocks have few; and else fewer query points where registers are short."""
     tiles = attention_tiles(block_size, dim, value_dim, element_size)
     if fits_one_tile(block_size, dim, value_dim, element_size):
         tiles |= {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
-        crowded = products_hold_registers(arch) and tiles["BLOCK_N"] * tiles["BLOCK_D"] >= 64 * 64
-        return tiles | {"num_stages": 1 if crowded else 2}
+        spills = arch == "sm_80" and max(dim, value_dim) <= 32  # ptxas, to fit a third program on a processor
+        return tiles | {"num_stages": 2 if spills else 1}
     if tiles["BLOCK_N"] > 64 or element_size == 4:
         return tiles | {"BLOCK_M": 16, "num_warps": 8}
     return tiles
@@ -118,8 +113,9 @@ def distributed_key_tiles(n_key: int, dim: int, value_dim: int, element_size: in
 
 
 def match_splits(programs: int, key_tiles: int) -> int:
-    """block_match: ranges the keys are split into, so that few query blocks still fill a GPU of 132 processors."""
-    wanted = max(1, min(key_tiles, 264 // max(1, programs)))
+    """block_match: ranges the keys are split into, so that few query blocks still fill a GPU of 132 processors, and
+    that of many, only as many are in use at a time as its second-level cache holds."""
+    wanted = max(1, min(key_tiles, max(8, 264 // max(1, programs))))
     return -(-key_tiles // -(-key_tiles // wanted))  # no empty range
 
 

@@ -70,9 +70,9 @@ def distributed_fwd_kernel(
             q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
             True, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    if whole < num_keys:
+    for first in tl.range(whole, num_keys, BLOCK_N, num_stages=1):  # once or never
         running_max, running_sum, out = attend_to_tile(
-            q, key_ptr, value_ptr, map_number, whole, num_keys, factor, running_max, running_sum, out,
+            q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
             False, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     out = out / running_sum[:, None]

@@ -308,27 +308,28 @@ def attention_backward_key(grid: tuple[int, ...], a: dict) -> Work:
 
 
 def add_segments(grid: tuple[int, ...], a: dict) -> Work:
-    blocks, maps, chunks = grid
+    blocks, maps, parts = grid
     slot_start = a["slot_start_ptr"].long()[:, : blocks + 1]
     slots = slot_start.diff(dim=1)
     split = slots > 0
     sizes = block_sizes(a["height"], a["width"], a["BLOCK_SIZE"])
     written = (split * sizes).sum().item() * a["DIM"] * a["grad_ptr"].element_size()
     active = max(1, split.sum().item())
-    read = slots.sum().item() * chunks * a["BLOCK_R"] * a["BLOCK_D"] * FLOAT32
+    read = slots.sum().item() * parts * a["ROWS"] * a["BLOCK_D"] * FLOAT32
+    steps = -(-slots // a["SLOTS"])
     return Work(
-        split.sum().item() * chunks,
+        split.sum().item() * parts,
         (
-            load("slot_start", 2 * blocks * maps * chunks * INT32, is_tile=False),
+            load("slot_start", 2 * blocks * maps * parts * INT32, is_tile=False),
             load("workspace", read),
             store("grad", written),
         ),
-        loops=(slots.sum().item() / active,),
+        loops=(steps.sum().item() / active,),
     )
 
 
 def match(grid: tuple[int, ...], a: dict) -> Work:
-    (programs, splits, maps), element = grid, a["query_ptr"].element_size()
+    (splits, programs, maps), element = grid, a["query_ptr"].element_size()
     row, tiles = maps * a["DIM"] * element, a["tiles_per_split"]
     depth = a["BLOCK_SIZE"] ** 2 * a["DIM"]
     query = row * points_with_repeats(a["height"], a["width"], a["BLOCK_SIZE"], programs * a["BLOCK_M"])
@@ -338,7 +339,7 @@ def match(grid: tuple[int, ...], a: dict) -> Work:
     return Work(
         programs * splits * maps,
         (
-            load("query", query * splits * tiles, window=a["BLOCK_M"] * depth * element, once=query * splits),
+            load("query", query * splits * tiles, window=a["BLOCK_M"] * depth * element / splits, once=query),
             load("key", key * programs, in_step=programs),
             store("score", results * FLOAT32, is_tile=False),
             store("index", results * INT32, is_tile=False),
@@ -379,7 +380,7 @@ def attend_forward(grid: tuple[int, ...], a: dict) -> Work:
             store("out", points * a["VALUE_DIM"] * element),
             store("lse", points * FLOAT32, is_tile=False),
         ),
-        loops=(a["num_keys"] // a["BLOCK_N"],),
+        loops=(a["num_keys"] // a["BLOCK_N"], cover(a["num_keys"] % a["BLOCK_N"], a["BLOCK_N"])),
         flops=2 * pairs * (a["DIM"] + a["VALUE_DIM"]),
         exponentials=pairs,
     )
