@@ -84,7 +84,8 @@ def block_aggregate_bwd_kernel(
     products = mean_and_products(
         key_ptr, key_strides, batch, head, row, col, exists, points, DIM, BLOCK_R, BLOCK_D, LARGE
     )
-    gate = tl.sigmoid(tl.load(beta_ptr).to(tl.float32) + alpha * products)  # [BLOCK_R]
+    logits = tl.load(beta_ptr).to(tl.float32) + alpha * products
+    gate, gate_left = tl.sigmoid(logits), tl.sigmoid(-logits)  # [BLOCK_R]; 1 - gate would cancel where gate is near 1
 
     aggregate = (batch * NUM_HEADS + head).to(tl.int64) * num_blocks + block
     grad_gate = tl.zeros([BLOCK_R], tl.float32)
@@ -98,7 +99,7 @@ def block_aggregate_bwd_kernel(
         ).to(tl.float32)  # fmt: skip
         c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) / (points + 1.0)
         grad_gate += tl.sum(v * c[None, :], axis=1)
-    grad_logits = tl.where(exists, grad_gate * gate * (1.0 - gate), 0.0)
+    grad_logits = tl.where(exists, grad_gate * gate * gate_left, 0.0)
     if grad_key_ptr is not None:
         for chunk in range(0, tl.cdiv(DIM, BLOCK_D)):
             k = load_tile(
