@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="a2k-lite", metavar="W", help="bundled model or file (%(default)s)")
+    add_computing_options(parser)
+
+
+def add_computing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation (float32)")
     parser.add_argument("--backend", choices=("triton", "torch", "reference"), help="of the attention (automatic)")
@@ -236,9 +240,11 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
 
 def picture_name(photo: str | Path, painting: str | Path) -> str:
     """{content}_stylized_{style}.{ext}, with the photo's extension where we can write it, else PNG."""
+    from a2k.images import result_stem
+
     names = ["stdin" if source == "-" else Path(source).stem for source in (photo, painting)]
     suffix = "" if photo == "-" else Path(photo).suffix.lower()
-    return f"{names[0]}_stylized_{names[1]}{suffix if suffix in WRITABLE else '.png'}"
+    return result_stem(*names) + (suffix if suffix in WRITABLE else ".png")
 
 
 # ---- train
@@ -266,6 +272,7 @@ def add_train(commands) -> None:
     parser.add_argument("--identity-weight", type=float, metavar="W", help="of the identity loss")
     parser.add_argument("--keys", choices=("cumulative", "own"), help="features that the local loss compares")
     parser.add_argument("--autoencode-steps", type=int, metavar="N", help="first steps that only copy the photo")
+    parser.add_argument("--ema-decay", type=float, metavar="D", help="of the averaged weights; 0 saves the last ones")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     parser.add_argument("--checkpoint-steps", type=int, default=1000, metavar="N", help="(%(default)s)")
@@ -286,8 +293,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     options = vars(arguments).copy()
     options.pop("run")
-    names = ("lr", "global_weight", "local_weight", "content_weight", "identity_weight", "keys", "autoencode_steps")
-    changes = {name: value for name in names if (value := options.pop(name)) is not None}
+    given = {field.name: options.pop(field.name, None) for field in fields(train.Recipe)}
+    changes = {name: value for name, value in given.items() if value is not None}
     options["recipe"] = replace(train.RECIPES[arguments.config], **changes)
     options["device"] = str(choose_device(arguments.device))
     if arguments.weights:
@@ -301,38 +308,51 @@ def run_train(arguments: argparse.Namespace) -> None:
 def add_evaluate(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="score a network on held-out pairs",
-        description="Mean losses over fixed pairs of a photo and a painting, scored by a VGG network.",
+        help="score networks and results on held-out pairs",
+        description="Mean scores over fixed pairs of a photo and a painting, each cut to its central square: of "
+        "networks, of folders of results that any tool made, and of the photos unchanged.",
     )
     parser.add_argument("--content-dir", required=True, metavar="D", help="folder of photos")
     parser.add_argument("--style-dir", required=True, metavar="D", help="folder of paintings")
     parser.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file")
+    parser.add_argument(
+        "--weights", nargs="*", default=["a2k-lite"], metavar="W", help="bundled models or files (a2k-lite)"
+    )
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="folders of results, named as stylize names them: {photo}_stylized_{painting}, any extension",
+    )
     parser.add_argument("--size", type=int, default=256, metavar="PX", help="side of the squares (%(default)s)")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="fixed choice of pairs (%(default)s)")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="only the last N files (0: all)")
+    parser.add_argument("--sheet", metavar="F", help="picture to write: some pairs with all results side by side")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
-    add_model_options(parser)
+    add_computing_options(parser)
     parser.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from a2k.evaluate import evaluate
+    from a2k.images import write_image
     from a2k.stylize import StyleTransfer
 
-    transfer = StyleTransfer(
-        arguments.weights, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend
-    )
-    scores = evaluate(
+    options = {"device": arguments.device, "dtype": arguments.dtype, "backend": arguments.backend}
+    report, sheet = evaluate(
         arguments.content_dir,
         arguments.style_dir,
         arguments.perceptual,
-        transfer,
-        name=str(arguments.weights),
+        {weights: StyleTransfer(weights, **options) for weights in arguments.weights},
+        results=arguments.results,
         size=arguments.size,
         pairs=arguments.pairs,
         holdout=arguments.holdout,
     )
-    print(json.dumps(asdict(scores)) if arguments.json else scores.table())
+    print(json.dumps(asdict(report)) if arguments.json else report.table())
+    if arguments.sheet:
+        write_image(sheet, arguments.sheet)
 
 
 # ---- convert

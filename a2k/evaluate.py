@@ -1,12 +1,16 @@
-"""Scoring a network on pairs of held-out photos and paintings (see `a2k evaluate --help`)."""
+"""Scoring networks and folders of results on pairs of held-out photos and paintings (see `a2k evaluate --help`)."""
 
 import time
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -14,114 +18,249 @@ from tqdm import tqdm
 from a2k.checkpoint import load_encoder
 from a2k.data import split_files
 from a2k.encoder import Encoder
-from a2k.images import ImageError, read_image, to_tensor
-from a2k.losses import content_loss, global_style_loss
+from a2k.images import ImageError, find_images, read_image, result_stem, to_pil, to_tensor
+from a2k.losses import content_loss, style_statistics
 from a2k.model import MINIMUM
+from a2k.sheet import comparison_sheet
 from a2k.stylize import StyleTransfer
 
-KEPT_PICTURES = 32  # whose features are kept: 32 MB each at 256 px
+PHOTO = "photo unchanged"
+SHEET_PAIRS = 8
+KEPT_PAINTINGS = 128  # whose statistics are kept: 1.4 MB each
+COLOR_DIRECTIONS, COLOR_QUANTILES = 32, 256
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the pairs. Losses are those of `a2k.losses` with weight 1 on the perceptual network named."""
+    """Means over the pairs, of one network or one folder of results.
 
-    weights: str
+    Against the painting: style_loss (`a2k.losses.global_style_loss`), gram_loss (`gram_matrices`) and color_distance
+    (`color_quantiles`). style_loss_shuffled: the style loss against a painting that was not asked for. Against the
+    photo: content_loss (`a2k.losses.content_loss`), `vgg_distance` and `ssim`. seconds_per_picture: of a network,
+    without reading and writing; None for a folder.
+    """
+
+    name: str
+    style_loss: float
+    style_loss_shuffled: float
+    gram_loss: float
+    color_distance: float
+    content_loss: float
+    vgg_distance: float
+    ssim: float
+    seconds_per_picture: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores on the same pairs by the same perceptual network; the first are those of the photos unchanged."""
+
     perceptual: str
     pairs: int
     size: int
-    style_loss: float
-    style_loss_identity: float  # of the photos unchanged
-    style_loss_shuffled: float  # of the outputs, against a painting that was not asked for
-    content_loss: float
-    seconds_per_picture: float
+    scores: list[Scores]
 
     def table(self) -> str:
-        """The scores as lines of text."""
-        rows = [
-            ("style loss", self.style_loss, f"{self.style_loss / self.style_loss_identity:.2f} of the identity's"),
-            ("  photo unchanged", self.style_loss_identity, "the identity"),
-            ("  shuffled styles", self.style_loss_shuffled, f"right style {self._gain():.0%} lower"),
-            ("content loss", self.content_loss, ""),
-            ("seconds per picture", self.seconds_per_picture, ""),
-        ]
-        title = f"{self.weights}: {self.pairs} pairs at {self.size} px, scored by {self.perceptual}"
-        return "\n".join([title, *(f"  {name:<22}{value:>9.4f}   {note}".rstrip() for name, value, note in rows)])
-
-    def _gain(self) -> float:
-        return 1 - self.style_loss / self.style_loss_shuffled
+        """The scores as lines of text, one for each network or folder."""
+        names = [field.name for field in fields(Scores)][1:]
+        rows = [["", *(name.replace("_", " ").replace("seconds per", "s /") for name in names)]]
+        for scores in self.scores:
+            values = [getattr(scores, name) for name in names]
+            rows.append([scores.name, *("-" if value is None else f"{value:.4f}" for value in values)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.pairs} pairs at {self.size} px, scored by {self.perceptual}"]
+        for name, *cells in rows:
+            lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+        return "\n".join(lines)
 
 
 def evaluate(
     content_dir: str | Path,
     style_dir: str | Path,
     perceptual: str | Path,
-    transfer: StyleTransfer,
+    networks: Mapping[str, StyleTransfer],
     *,
-    name: str,
+    results: Sequence[str | Path] = (),
     size: int = 256,
     pairs: int = 200,
     holdout: int = 0,
-) -> Scores:
-    """Score a network on fixed pairs of a photo and a painting, each cropped to the central size x size pixels.
+) -> tuple[Report, Image.Image]:
+    """Score networks and results on fixed pairs of a photo and a painting, each cut to its central square.
 
     Args:
-        content_dir, style_dir: folders of pictures. perceptual: a VGG encoder file. transfer: the network.
-        name: of the network, for the table. size: in pixels. pairs: number of pairs, drawn from all by a fixed
-        seed. holdout: use only the last so many files of each folder, by name (0: all).
+        content_dir, style_dir: folders of pictures. perceptual: a VGG encoder file. networks: by the names that the
+        report gives them. results: folders of pictures that any tool made of these photos and paintings, named as
+        `a2k stylize` does: {photo}_stylized_{painting}, with any extension; they are cut to their central squares
+        too. size: side of the squares in pixels. pairs: number of pairs, drawn from all by a fixed seed. holdout:
+        use only the last so many files of each folder, by name (0: all).
+
+    Returns the report, and a sheet of some pairs: photo, painting and every result.
 
     Raises ImageError or WeightsError if a folder or file cannot be used, ValueError for a number out of range.
     """
     if pairs < 1 or size < MINIMUM:
         raise ValueError(f"pairs={pairs} and size={size}; they must be at least 1 and {MINIMUM}")
     encoder, kind = load_encoder(perceptual)
+    chosen = held_pairs(content_dir, style_dir, pairs, holdout)
+    ruler = Ruler(encoder, size)
+    sources = {PHOTO: lambda photo, painting: ruler.square(photo)}
+    sources |= {name: Network(transfer, ruler, chosen[0]) for name, transfer in networks.items()}
+    sources |= {str(folder): Folder(folder, chosen, size) for folder in results}
+    measured = {name: [] for name in sources}
+    shown, rows = np.linspace(0, len(chosen) - 1, SHEET_PAIRS).round(), []
+    with torch.inference_mode():
+        for number, (photo, painting, other) in enumerate(tqdm(chosen, unit="pair", disable=None)):
+            outputs = {name: source(photo, painting) for name, source in sources.items()}
+            for name, output in outputs.items():
+                measured[name].append(ruler.measure(output, photo, painting, other))
+            if number in shown:
+                rows.append([to_pil(x) for x in (ruler.square(photo), ruler.square(painting), *outputs.values())])
+    scores = []
+    for name, values in measured.items():
+        means = {measure: fmean(value[measure] for value in values) for measure in values[0]}
+        seconds = fmean(sources[name].seconds) if name in networks else None
+        scores.append(Scores(name, **means, seconds_per_picture=seconds))
+    report = Report(f"{kind} ({Path(perceptual).name})", len(chosen), size, scores)
+    return report, comparison_sheet(["photo", "painting", *sources], rows)
+
+
+class Network:
+    """Redraws the ruler's squares and counts the seconds."""
+
+    def __init__(self, transfer: StyleTransfer, ruler: "Ruler", pair: tuple[Path, Path, Path]) -> None:
+        self.transfer, self.square, self.seconds = transfer, ruler.square, []
+        with torch.inference_mode():
+            self(*pair[:2])
+        self.seconds.clear()  # the first call sets up
+
+    def __call__(self, photo: Path, painting: Path) -> Tensor:
+        pictures = [
+            self.square(path).to(self.transfer.device, self.transfer.dtype, memory_format=torch.channels_last)
+            for path in (photo, painting)
+        ]
+        started = time.perf_counter()
+        output = self.transfer.model(*pictures).float().cpu().clamp(0, 1)
+        self.seconds.append(time.perf_counter() - started)
+        return output
+
+
+class Folder:
+    """Finds the results in a folder. Raises ImageError unless there is one for every pair."""
+
+    def __init__(self, folder: str | Path, pairs: list[tuple[Path, Path, Path]], size: int) -> None:
+        self.size = size
+        self.files = {path.stem: path for path in find_images([folder])}
+        missing = [
+            name for photo, painting, _ in pairs if (name := result_stem(photo.stem, painting.stem)) not in self.files
+        ]
+        if missing:
+            raise ImageError(
+                f"{folder} lacks {len(missing)} of {len(pairs)} results, the first {missing[0]}.png; "
+                "name them as `a2k stylize` does, or lower the number of pairs"
+            )
+
+    def __call__(self, photo: Path, painting: Path) -> Tensor:
+        return load_square(self.files[result_stem(photo.stem, painting.stem)], self.size)
+
+
+class StyleMeasures(NamedTuple):
+    """What a result and a painting are compared by."""
+
+    statistics: list[Tensor]
+    grams: list[Tensor]
+    colors: np.ndarray
+
+
+class Ruler:
+    """Measures results by a perceptual network; of a painting only the statistics are kept, of the photo all."""
+
+    def __init__(self, encoder: Encoder, size: int) -> None:
+        self.square = lru_cache(4)(partial(load_square, size=size))
+        self.features = lru_cache(2)(encoder)  # of the photo's square and of the last result
+        self.painting = lru_cache(KEPT_PAINTINGS)(
+            lambda path: style_measures(self.square(path), encoder(self.square(path)))
+        )
+
+    def measure(self, output: Tensor, photo: Path, painting: Path, other: Path) -> dict[str, float]:
+        """The measures of `Scores` of one result (1, 3, size, size)."""
+        image = self.square(photo)
+        features, photo_features = self.features(output), self.features(image)
+        style = style_measures(output, features)
+        target, wrong = self.painting(painting), self.painting(other)
+        return {
+            "style_loss": total_mse(style.statistics, target.statistics),
+            "style_loss_shuffled": total_mse(style.statistics, wrong.statistics),
+            "gram_loss": total_mse(style.grams, target.grams),
+            "color_distance": float(np.abs(style.colors - target.colors).mean()),
+            "content_loss": float(content_loss(features, photo_features)),
+            "vgg_distance": vgg_distance(features, photo_features),
+            "ssim": ssim(output, image),
+        }
+
+
+def style_measures(image: Tensor, features: list[Tensor]) -> StyleMeasures:
+    return StyleMeasures(style_statistics(features), gram_matrices(features), color_quantiles(image))
+
+
+def total_mse(first: list[Tensor], second: list[Tensor]) -> float:
+    return float(sum(map(F.mse_loss, first, second)))
+
+
+def gram_matrices(features: list[Tensor]) -> list[Tensor]:
+    """Mean over all points of the products of channels (Gatys et al. 2016) of relu1_1 .. relu4_1: (1, C, C) each."""
+    flat = [x.flatten(2) for x in features[:4]]
+    return [x @ x.mT / x.shape[2] for x in flat]
+
+
+def color_quantiles(image: Tensor) -> np.ndarray:
+    """Quantiles of the pixels along fixed random directions of RGB space: (directions, quantiles).
+
+    The mean absolute difference of two pictures' is their sliced Wasserstein distance (Rabin et al. 2011).
+    """
+    directions = np.random.default_rng(0).normal(size=(COLOR_DIRECTIONS, 3)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    values = np.sort(directions @ image[0].flatten(1).numpy())
+    places = (np.arange(COLOR_QUANTILES) + 0.5) / COLOR_QUANTILES * values.shape[1]
+    return values[:, places.astype(int)]
+
+
+def vgg_distance(first: list[Tensor], second: list[Tensor]) -> float:
+    """Squared distance of the features, each point's of length 1, mean over the points, sum over relu1_1 .. relu5_1:
+    LPIPS (Zhang et al. 2018) without its learned weights.
+    """
+    pairs = ((F.normalize(x), F.normalize(y)) for x, y in zip(first, second, strict=True))
+    return float(sum((x - y).square().sum(1).mean() for x, y in pairs))
+
+
+def ssim(first: Tensor, second: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004) of two images (1, 3, H, W) in [0, 1], mean over RGB.
+
+    11 x 11 Gaussian window of deviation 1.5, no padding.
+    """
+    window = torch.exp(-(torch.arange(-5, 6, dtype=first.dtype) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).expand(15, 1, 1, 11)
+    moments = torch.cat([first, second, first * first, second * second, first * second], 1)
+    moments = F.conv2d(F.conv2d(moments, window, groups=15), window.mT, groups=15)
+    mean1, mean2, square1, square2, product = moments.split(3, 1)
+    variances = square1 - mean1**2 + square2 - mean2**2
+    luminance = (2 * mean1 * mean2 + 0.01**2) / (mean1**2 + mean2**2 + 0.01**2)
+    structure = (2 * (product - mean1 * mean2) + 0.03**2) / (variances + 0.03**2)
+    return float((luminance * structure).mean())
+
+
+def held_pairs(
+    content_dir: str | Path, style_dir: str | Path, pairs: int, holdout: int
+) -> list[tuple[Path, Path, Path]]:
+    """(photo, painting, another painting) of the last `holdout` files of two folders (0: of all). Raises ImageError."""
     contents, styles = (held_files(folder, holdout) for folder in (content_dir, style_dir))
     if len(styles) < 2:
         raise ImageError(f"{style_dir} has one picture; shuffling styles needs at least two")
-    chosen = choose_pairs(len(contents), len(styles), pairs)
-
-    @lru_cache(KEPT_PICTURES)
-    def read(path: Path) -> tuple[Tensor, list[Tensor]]:
-        image = load_square(path, size)
-        return image, _features(encoder, image)
-
-    with torch.inference_mode():
-        sums, seconds = np.zeros(4), 0.0
-        transfer.model(*(_to(transfer, read(files[0])[0]) for files in (contents, styles)))  # the first call sets up
-        for c, s, other in tqdm(chosen, unit="pair", disable=None):
-            (photo, photo_features), (painting, painting_features) = read(contents[c]), read(styles[s])
-            started = time.perf_counter()
-            output = transfer.model(_to(transfer, photo), _to(transfer, painting)).float().cpu().clamp(0, 1)
-            seconds += time.perf_counter() - started
-            features = _features(encoder, output)
-            sums += [
-                float(global_style_loss(features, painting_features)),
-                float(global_style_loss(photo_features, painting_features)),
-                float(global_style_loss(features, read(styles[other])[1])),
-                float(content_loss(features, photo_features)),
-            ]
-    style, identity, shuffled, content = (float(x) for x in sums / len(chosen))
-    return Scores(
-        weights=name,
-        perceptual=f"{kind} ({Path(perceptual).name})",
-        pairs=len(chosen),
-        size=size,
-        style_loss=style,
-        style_loss_identity=identity,
-        style_loss_shuffled=shuffled,
-        content_loss=content,
-        seconds_per_picture=seconds / len(chosen),
-    )
+    return [(contents[c], styles[s], styles[other]) for c, s, other in choose_pairs(len(contents), len(styles), pairs)]
 
 
 def held_files(folder: str | Path, holdout: int) -> list[Path]:
     rest, held = split_files(folder, holdout)
     return held or rest
-
-
-def load_square(path: Path, size: int) -> Tensor:
-    """The central square of a picture at size x size pixels: (1, 3, size, size)."""
-    return to_tensor(ImageOps.fit(read_image(path).rgb, (size, size), Image.Resampling.LANCZOS))
 
 
 def choose_pairs(contents: int, styles: int, pairs: int) -> list[tuple[int, int, int]]:
@@ -132,9 +271,6 @@ def choose_pairs(contents: int, styles: int, pairs: int) -> list[tuple[int, int,
     return [(int(p) // styles, int(p) % styles, int(p + o) % styles) for p, o in zip(chosen, others, strict=True)]
 
 
-def _to(transfer: StyleTransfer, image: Tensor) -> Tensor:
-    return image.to(transfer.device, transfer.dtype, memory_format=torch.channels_last)
-
-
-def _features(encoder: Encoder, image: Tensor) -> list[Tensor]:
-    return encoder(image.to(memory_format=torch.channels_last))
+def load_square(path: Path, size: int) -> Tensor:
+    """The central square of a picture at size x size pixels: (1, 3, size, size)."""
+    return to_tensor(ImageOps.fit(read_image(path).rgb, (size, size), Image.Resampling.LANCZOS))

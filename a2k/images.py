@@ -176,6 +176,11 @@ def write_image(
         raise ImageError(f"cannot write {name}: {_reason(error)}; choose another path or format") from error
 
 
+def result_stem(photo: str, painting: str) -> str:
+    """Name, without extension, of a photo redrawn in the manner of a painting, from both their names."""
+    return f"{photo}_stylized_{painting}"
+
+
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """The files among `paths` as they are, and for each folder its pictures, sorted by name, each once.
 

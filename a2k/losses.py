@@ -19,14 +19,15 @@ def global_style_loss(output_features: list[Tensor], style_features: list[Tensor
 
     The two lists may have different H, W.
     """
-    loss = 0.0
-    for output, style in zip(output_features[:4], style_features[:4], strict=True):
-        mean, variance = channel_statistics(output)
-        with torch.no_grad():
-            target_mean, target_variance = channel_statistics(style)
-        loss = loss + F.mse_loss(mean, target_mean)
-        loss = loss + F.mse_loss(torch.sqrt(variance + 1e-5), torch.sqrt(target_variance + 1e-5))
-    return loss
+    with torch.no_grad():
+        targets = style_statistics(style_features)
+    return sum(F.mse_loss(x, target) for x, target in zip(style_statistics(output_features), targets, strict=True))
+
+
+def style_statistics(features: list[Tensor]) -> list[Tensor]:
+    """Channel means and standard deviations of relu1_1 .. relu4_1: eight maps (B, C, 1, 1)."""
+    statistics = [channel_statistics(x) for x in features[:4]]
+    return [x for mean, variance in statistics for x in (mean, torch.sqrt(variance + 1e-5))]
 
 
 def content_loss(output_features: list[Tensor], content_features: list[Tensor]) -> Tensor:

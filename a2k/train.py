@@ -1,5 +1,6 @@
 """Training: the published losses on random crops, with checkpoints, samples and logs (see `a2k train --help`)."""
 
+import copy
 import json
 import math
 import signal
@@ -36,7 +37,7 @@ class Recipe:
     autoencode_steps: first steps that only reproduce the content (A2K bypassed, L1 loss), so that a lite
     network's features carry colour before they are matched; a VGG network is frozen and needs none.
     identity_weight: of the L1 distance between a picture and itself redrawn in its own manner (after Park & Lee
-    2019, arXiv 1812.02342), which keeps colour and detail alive.
+    2019, arXiv 1812.02342), which keeps colour and detail alive. ema_decay: of the averaged weights that are saved.
     """
 
     lr: float = 2e-4
@@ -47,6 +48,7 @@ class Recipe:
     keys: str = "cumulative"
     autoencode_steps: int = 0
     clip: float = 1.0
+    ema_decay: float = 0.999
 
 
 RECIPES = {
@@ -112,6 +114,7 @@ class Trainer:
         self.model = self._build_model(kind)
         for module in (self.perceptual, self.model):
             module.to(options.device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self._new_optimizer()
         self.style_start = 0 if options.weights else self.recipe.autoencode_steps  # step of the first style loss
@@ -188,9 +191,18 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip, error_if_nonfinite=True)
         self.optimizer.step()
         self.step += 1
+        self._update_average()
         values = {name: round(loss.item(), 6) for name, loss in losses.items()}
         seconds = round(time.perf_counter() - started, 4)
         return {"step": self.step, "global": None, "local": None, **values, "lr": lr, "seconds": seconds}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Exponential moving average of the weights; its decay rises, to forget the start."""
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+        for average, parameter in pairs:
+            average.lerp_(parameter, 1 - decay)
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.options.dtype)
@@ -218,13 +230,13 @@ class Trainer:
             if recipe.identity_weight:
                 own = [x[batch // 2 : batch // 2 + batch] for x in features]  # half photos, half paintings
                 identity = self.model.decoder(*self.model.transform(own, own))
-        losses = {
-            "global": global_style_loss(output_features, style_targets),
-            "local": local_feature_loss(
+        losses = {"global": global_style_loss(output_features, style_targets)}
+        total = recipe.global_weight * losses["global"]
+        if recipe.local_weight:
+            losses["local"] = local_feature_loss(
                 output_features, content_targets, style_targets, keys=recipe.keys, backend=self.options.backend
-            ),
-        }
-        total = recipe.global_weight * losses["global"] + recipe.local_weight * losses["local"]
+            )
+            total = total + recipe.local_weight * losses["local"]
         if recipe.content_weight:
             losses["content"] = content_loss(output_features, content_targets)
             total = total + recipe.content_weight * losses["content"]
@@ -234,9 +246,10 @@ class Trainer:
         return {**losses, "total": total}
 
     def save(self) -> None:
-        """Write the weights, the state to resume from, a sample grid and the loss plot."""
-        save_model(self.model, self.folder / "weights.safetensors")
-        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "model": self.model.state_dict()}
+        """Write the averaged weights, the state to resume from, a sample grid and the loss plot."""
+        save_model(self.average, self.folder / "weights.safetensors")
+        modules = {"model": self.model, "average": self.average, "optimizer": self.optimizer}
+        state = {"step": self.step, **{name: module.state_dict() for name, module in modules.items()}}
         write_atomically(self.state_file, lambda path: torch.save(state, path))
         (self.folder / "options.json").write_text(json.dumps(asdict(self.options), indent=2) + "\n")
         write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.png")
@@ -244,9 +257,10 @@ class Trainer:
 
     def _restore(self) -> None:
         state = read_file(self.state_file, "state")
-        if not {"model", "optimizer", "step"} <= state.keys():
+        if not {"model", "average", "optimizer", "step"} <= state.keys():
             raise TrainingError(f"{self.state_file} is not the state of a training; get the run's own file back")
-        load_strictly(self.model, state["model"], self.state_file)
+        for name in ("model", "average"):
+            load_strictly(getattr(self, name), state[name], self.state_file)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
@@ -254,13 +268,11 @@ class Trainer:
     def sample_grid(self):
         """A contact sheet of the sample photos (rows) redrawn in the sample paintings (columns)."""
         photos, paintings = self.samples
-        self.model.eval()
         rows = []
         for photo in photos:
             content = to_tensor(photo).to(self.options.device)
             styles = (to_tensor(painting).to(self.options.device) for painting in paintings)
-            rows.append([to_pil(self.model(content, style)) for style in styles])
-        self.model.train()
+            rows.append([to_pil(self.average(content, style)) for style in styles])
         return contact_sheet(photos, paintings, rows)
 
 
@@ -271,6 +283,8 @@ def check_numbers(options: TrainOptions) -> None:
     for name, lowest in (("batch_size", 1), ("steps", 1), ("checkpoint_steps", 1), ("workers", 0), ("seed", 0)):
         if getattr(options, name) < lowest:
             raise TrainingError(f"{name} is {getattr(options, name)}; it must be at least {lowest}")
+    if not 0 <= options.recipe.ema_decay < 1:
+        raise TrainingError(f"ema_decay is {options.recipe.ema_decay}; it must be at least 0 and below 1")
 
 
 def same_tensors(first: nn.Module, second: nn.Module) -> bool:

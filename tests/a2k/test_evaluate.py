@@ -1,28 +1,34 @@
 import json
 import re
+from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from tiny import files, picture, pictures, refusal
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.stats import wasserstein_distance
+from skimage.metrics import structural_similarity
+from tiny import files, picture, pictures, refusal, tiny_model
 
 from a2k import StyleTransfer
+from a2k.checkpoint import save_model
 from a2k.cli import main
-from a2k.evaluate import choose_pairs, evaluate, load_square
+from a2k.evaluate import choose_pairs, color_quantiles, evaluate, gram_matrices, load_square, ssim, vgg_distance
 from a2k.images import ImageError
 from a2k.losses import content_loss, global_style_loss
 
-SCORES = {
-    "weights",
-    "perceptual",
-    "pairs",
-    "size",
+MEASURES = (
     "style_loss",
-    "style_loss_identity",
     "style_loss_shuffled",
+    "gram_loss",
+    "color_distance",
     "content_loss",
-    "seconds_per_picture",
-}
+    "vgg_distance",
+    "ssim",
+)
 
 
 @pytest.fixture
@@ -39,6 +45,12 @@ def quick(tiny_vgg, monkeypatch):
 def stub(function):
     """A StyleTransfer whose network is a function."""
     return SimpleNamespace(model=function, device="cpu", dtype=torch.float32)
+
+
+def score(folders, function, **options):
+    """Scores of a function in place of a network, at 32 px."""
+    report, _ = evaluate(*folders, "vgg", {"stub": stub(function)}, size=32, **options)
+    return report.scores[1]
 
 
 @pytest.fixture
@@ -72,48 +84,110 @@ def test_square(tmp_path):
     assert load_square(picture(tmp_path / "line.png", 100, 1), 32).shape == (1, 3, 32, 32)
 
 
+# --- measures
+
+
+def images(count: int, size: int = 40) -> list[torch.Tensor]:
+    seed = int(np.random.default_rng().integers(2**32))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(gaussian_filter(rng.random((3, size, size + 7)), (0, 2, 2))[None]) for _ in range(count)]
+
+
+def test_ssim_is_the_published_one():
+    first, second = images(2)
+    pixels = [x[0].permute(1, 2, 0).numpy() for x in (first, 0.6 * first + 0.4 * second)]
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    expected = structural_similarity(*pixels, channel_axis=-1, **options)
+    assert ssim(first, 0.6 * first + 0.4 * second) == pytest.approx(expected, abs=1e-9)
+    assert 0.05 < expected < 0.95
+
+
+def test_color_distance_is_the_sliced_wasserstein_one():
+    first, second = images(2)
+    colors = [x[0].flatten(1).numpy() for x in (first, 0.5 * second + 0.1)]
+    directions = np.random.default_rng(0).normal(size=(32, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    expected = np.mean([wasserstein_distance(*(d @ x for x in colors)) for d in directions])
+    quantiles = [color_quantiles(x.float()) for x in (first, 0.5 * second + 0.1)]
+    assert np.abs(quantiles[0] - quantiles[1]).mean() == pytest.approx(expected, rel=0.01)
+
+
+def test_colors_have_no_place(tiny_vgg):
+    image = images(1)[0].float()
+    shuffled = image.flatten(2)[:, :, torch.randperm(image[0, 0].numel())].view_as(image)
+    np.testing.assert_array_equal(color_quantiles(image), color_quantiles(shuffled))
+
+
+def test_gram_matrices_by_hand():
+    features = [torch.randn(1, channels, 3, 5) for channels in (2, 4, 6, 8, 8)]
+    grams = gram_matrices(features)
+    assert [gram.shape for gram in grams] == [(1, c, c) for c in (2, 4, 6, 8)]
+    for gram, x in zip(grams, features, strict=False):
+        expected = sum(torch.outer(x[0, :, i, j], x[0, :, i, j]) for i in range(3) for j in range(5)) / 15
+        torch.testing.assert_close(gram[0], expected)
+
+
+def test_vgg_distance_by_hand():
+    first, second = ([torch.rand(1, 4, n, n + 1) for n in (8, 4, 3, 2, 1)] for _ in range(2))
+    expected = sum((2 - 2 * F.cosine_similarity(x, y)).mean() for x, y in zip(first, second, strict=True))
+    assert vgg_distance(first, second) == pytest.approx(float(expected), rel=1e-5)
+    assert vgg_distance(first, [3 * x for x in first]) == pytest.approx(0, abs=1e-9)
+
+
 # --- scores
 
 
-def test_the_photo_unchanged_scores_as_the_identity(folders, vgg16_file):
-    scores = evaluate(*folders, vgg16_file, stub(lambda content, style: content), name="stub", size=32)
-    assert scores.style_loss == scores.style_loss_identity > 0
-    assert scores.content_loss == pytest.approx(0, abs=1e-6)
-    assert scores.pairs == 9
-    assert scores.perceptual == f"vgg16 ({vgg16_file.name})"
+def test_the_photo_unchanged(folders, vgg16_file):
+    report, _ = evaluate(*folders, vgg16_file, {"stub": stub(lambda content, style: content)}, size=32)
+    assert (report.perceptual, report.pairs, report.size) == (f"vgg16 ({vgg16_file.name})", 9, 32)
+    unchanged, scores = (asdict(scores) for scores in report.scores)
+    assert (unchanged.pop("name"), scores.pop("name")) == ("photo unchanged", "stub")
+    assert unchanged.pop("seconds_per_picture") is None
+    assert scores.pop("seconds_per_picture") > 0
+    assert scores == pytest.approx(unchanged, rel=1e-5, abs=1e-6)  # the network gets another memory layout
+    assert scores["style_loss"] > 0
+    assert scores["content_loss"] == pytest.approx(0, abs=1e-6)
+    assert scores["vgg_distance"] == pytest.approx(0, abs=1e-6)
+    assert scores["ssim"] == pytest.approx(1)
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_painting_itself_has_no_style_loss(folders):
-    scores = evaluate(*folders, "vgg", stub(lambda content, style: style), name="stub", size=32)
-    assert scores.style_loss == pytest.approx(0, abs=1e-6)
+def test_the_painting_itself(folders):
+    scores = score(folders, lambda content, style: style)
+    for name in ("style_loss", "gram_loss", "color_distance"):
+        assert getattr(scores, name) == pytest.approx(0, abs=1e-6)
     assert scores.style_loss_shuffled > 1e-3
     assert scores.content_loss > 0.01
+    assert scores.vgg_distance > 0.01
+    assert scores.ssim < 0.9
 
 
 @pytest.mark.usefixtures("quick")
-def test_scores_are_means_of_the_losses(folders, tiny_vgg):
-    scores = evaluate(*folders, "vgg", stub(lambda c, s: 2 * c - 0.5), name="stub", size=32, pairs=4)
-    sums = torch.zeros(4)
+def test_scores_are_means_of_the_measures(folders, tiny_vgg):
+    scores = score(folders, lambda c, s: 2 * c - 0.5, pairs=4)
+    sums = torch.zeros(7, dtype=torch.float64)
     for c, s, other in choose_pairs(3, 3, 4):
         content, style, shuffled = (
             load_square(folder / f"{i}.png", 32)
             for folder, i in zip((*folders, folders[1]), (c, s, other), strict=True)
         )
-        output, content, style, shuffled = (
-            tiny_vgg(x) for x in ((2 * content - 0.5).clamp(0, 1), content, style, shuffled)
-        )
-        sums += torch.stack(
-            [
-                global_style_loss(output, style),
-                global_style_loss(content, style),
-                global_style_loss(output, shuffled),
-                content_loss(output, content),
-            ]
-        )
-    expected = (sums / 4).tolist()
-    actual = [scores.style_loss, scores.style_loss_identity, scores.style_loss_shuffled, scores.content_loss]
-    assert actual == pytest.approx(expected, rel=1e-4)
+        output = (2 * content - 0.5).clamp(0, 1)
+        features = [tiny_vgg(x) for x in (output, content, style, shuffled)]
+        colors = [color_quantiles(x) for x in (output, style)]
+        grams = zip(*(gram_matrices(features[i]) for i in (0, 2)), strict=True)
+        measures = {
+            "style_loss": global_style_loss(features[0], features[2]),
+            "style_loss_shuffled": global_style_loss(features[0], features[3]),
+            "gram_loss": sum(F.mse_loss(x, y) for x, y in grams),
+            "color_distance": np.abs(colors[0] - colors[1]).mean(),
+            "content_loss": content_loss(features[0], features[1]),
+            "vgg_distance": vgg_distance(features[0], features[1]),
+            "ssim": ssim(output, content),
+        }
+        sums += torch.tensor([float(measures[name]) for name in MEASURES], dtype=torch.float64)
+    actual = [getattr(scores, name) for name in MEASURES]
+    assert actual == pytest.approx((sums / 4).tolist(), rel=1e-4)
 
 
 @pytest.mark.usefixtures("quick")
@@ -121,22 +195,90 @@ def test_every_call_scores_the_same(folders, tiny_file, monkeypatch):
     transfer = StyleTransfer(tiny_file, device="cpu")
 
     def scores():
-        result = evaluate(*folders, "vgg", transfer, name="tiny", size=32, pairs=5)
-        return result.style_loss, result.style_loss_shuffled, result.content_loss
+        report, _ = evaluate(*folders, "vgg", {"tiny": transfer}, size=32, pairs=5)
+        return [{**asdict(scores), "seconds_per_picture": None} for scores in report.scores]
 
     first = scores()
-    monkeypatch.setattr("a2k.evaluate.KEPT_PICTURES", 1)
+    monkeypatch.setattr("a2k.evaluate.KEPT_PAINTINGS", 1)
     assert scores() == first
+
+
+@pytest.mark.usefixtures("quick")
+def test_features_are_computed_once(folders, tiny_vgg):
+    """Of every result, of the photo of successive pairs and of every painting."""
+    calls = []
+    tiny_vgg.register_forward_hook(lambda *_: calls.append(1))
+    score(folders, lambda c, s: 0.5 * c)
+    assert len(calls) == 9 + 3 + 3
 
 
 @pytest.mark.usefixtures("quick")
 def test_holdout(folders):
     for folder in folders:
         (folder / "0.png").write_bytes(b"broken")
-    identity = stub(lambda content, style: content)
-    assert evaluate(*folders, "vgg", identity, name="stub", size=32, holdout=2).pairs == 4
+    identity = {"stub": stub(lambda content, style: content)}
+    assert evaluate(*folders, "vgg", identity, size=32, holdout=2)[0].pairs == 4
     with pytest.raises(ImageError, match=r"cannot read .*0\.png"):
-        evaluate(*folders, "vgg", identity, name="stub", size=32)
+        evaluate(*folders, "vgg", identity, size=32)
+
+
+# --- folders of results
+
+
+@pytest.mark.usefixtures("quick")
+def test_results_of_stylize_score_as_the_network(folders, tiny_file, tmp_path):
+    """Up to the 8 bits of the files, where photos and paintings are squares of the size that is scored."""
+    squares = [pictures(tmp_path / f"squares_{folder.name}", 3, width=32, height=32) for folder in folders]
+    options = ("--content", squares[0], "--style", squares[1], "-o", tmp_path / "out", "--weights", tiny_file)
+    assert main(["stylize", *map(str, options), "--device", "cpu"]) == 0
+    network = {"tiny": StyleTransfer(tiny_file, device="cpu")}
+    report, _ = evaluate(*squares, "vgg", network, results=[tmp_path / "out"], size=32)
+    _, expected, scores = report.scores
+    assert scores.name == str(tmp_path / "out")
+    assert scores.seconds_per_picture is None
+    for name in MEASURES:
+        assert getattr(scores, name) == pytest.approx(getattr(expected, name), rel=0.02, abs=1e-3)
+
+
+@pytest.mark.usefixtures("quick")
+def test_results_of_any_extension_and_size(folders, tmp_path):
+    for photo in range(3):
+        for painting, suffix in enumerate((".jpg", ".png", ".webp")):
+            picture(tmp_path / f"out/{photo}_stylized_{painting}{suffix}", width=70, seed=photo)
+    report, _ = evaluate(*folders, "vgg", {}, results=[tmp_path / "out"], size=32)
+    assert [scores.name for scores in report.scores] == ["photo unchanged", str(tmp_path / "out")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_result_is_missing(folders, tmp_path):
+    for name in ("0_stylized_0", "0_stylized_1", "other"):
+        picture(tmp_path / f"out/{name}.png")
+    with pytest.raises(ImageError, match=r"out lacks 7 of 9 results, the first 0_stylized_2\.png; name them as"):
+        evaluate(*folders, "vgg", {}, results=[tmp_path / "out"], size=32)
+
+
+# --- the sheet
+
+
+@pytest.mark.usefixtures("quick")
+def test_sheet(folders):
+    networks = {"light": stub(lambda c, s: torch.ones_like(c)), "dark": stub(lambda c, s: torch.zeros_like(c))}
+    _, sheet = evaluate(*folders, "vgg", networks, size=32)
+    assert sheet.size == (5 * 262 + 6, 8 * 262 + 6 + 16)
+    for row in range(8):
+        colors = [sheet.getpixel((134 + column * 262, 150 + row * 262)) for column in range(5)]
+        assert colors[0] == colors[2]  # the photo unchanged
+        assert colors[3:] == [(255, 255, 255), (0, 0, 0)]
+    headings = np.asarray(sheet.crop((0, 0, sheet.width, 22)).convert("L"))
+    assert all((headings[:, 6 + i * 262 : 262 + i * 262] < 128).any() for i in range(5))
+
+
+@pytest.mark.usefixtures("quick")
+def test_sheet_of_few_pairs_and_long_names(folders):
+    name = "a/very/long/path" * 20
+    _, sheet = evaluate(*folders, "vgg", {name: stub(lambda c, s: c)}, size=32, pairs=2)
+    assert sheet.size == (4 * 262 + 6, 2 * 262 + 6 + 16)
+    assert (np.asarray(sheet)[:16, 3 * 262 + 263 :] == 255).all()
 
 
 # --- the command
@@ -145,23 +287,31 @@ def test_holdout(folders):
 def test_table(capsys, command, tiny_file):
     assert main([str(x) for x in (*command, "--pairs", 4)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tiny_file}: 4 pairs at 32 px, scored by vgg16 (vgg16.safetensors)"
-    names = ("style loss", "  photo unchanged", "  shuffled styles", "content loss", "seconds per picture")
-    for name, line in zip(names, lines[1:], strict=True):
-        assert re.match(rf"  {name} +\d+\.\d{{4}}", line)
-    style, identity = (float(re.search(r"\d+\.\d+", line)[0]) for line in lines[1:3])
-    ratio = float(re.search(r"(\d+\.\d\d) of the identity's", lines[1])[1])
-    assert ratio == pytest.approx(style / identity, rel=0.03)
-    assert re.search(r"right style -?\d+% lower", lines[3])
+    assert lines[0] == "4 pairs at 32 px, scored by vgg16 (vgg16.safetensors)"
+    names = [name.replace("_", " ") for name in MEASURES]
+    assert re.split("  +", lines[1].strip()) == [*names, "s / picture"]
+    assert re.fullmatch(r"photo unchanged( +\d+\.\d{4}){7} +-", lines[2])
+    assert re.fullmatch(rf"{tiny_file}( +\d+\.\d{{4}}){{8}}", lines[3])
+    assert len({len(line) for line in lines[1:]}) == 1
 
 
-def test_json(capsys, command):
-    assert main([str(x) for x in (*command, "--json", "--pairs", 2, "--dtype", "bfloat16")]) == 0
-    captured = capsys.readouterr()
-    scores = json.loads(captured.out)
-    assert set(scores) == SCORES
-    assert (scores["pairs"], scores["size"]) == (2, 32)
-    assert all(scores[name] > 0 for name in SCORES if "loss" in name or "seconds" in name)
+def test_json_and_sheet(capsys, command, tiny_file, tmp_path):
+    more = ("--json", "--pairs", 2, "--dtype", "bfloat16", "--sheet", tmp_path / "sheet.png")
+    assert main([str(x) for x in (*command, *more)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["pairs"], report["size"]) == (2, 32)
+    assert [scores["name"] for scores in report["scores"]] == ["photo unchanged", str(tiny_file)]
+    assert all(set(scores) == {*MEASURES, "name", "seconds_per_picture"} for scores in report["scores"])
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 262 + 6, 2 * 262 + 6 + 16)
+
+
+def test_several_networks(capsys, command, tiny_file, tmp_path):
+    save_model(tiny_model(seed=1), tmp_path / "other.safetensors")
+    options = ("--weights", tiny_file, tmp_path / "other.safetensors", "--json", "--pairs", 2)
+    assert main([str(x) for x in (*command, *options)]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert [x["name"] for x in scores[1:]] == [str(tiny_file), str(tmp_path / "other.safetensors")]
+    assert scores[1]["style_loss"] != scores[2]["style_loss"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +327,7 @@ def test_json(capsys, command):
         (("--weights", "none"), "weights 'none' are neither a file nor a bundled model"),
         (("--style-dir", "none"), "none does not exist"),
         (("--device", "nonsense"), "device 'nonsense' cannot be used"),
+        (("--results", "none"), "none does not exist"),
     ],
     ids=str,
 )

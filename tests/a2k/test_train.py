@@ -169,6 +169,12 @@ def test_content_loss_only_where_it_counts(options, recipe, names):
     assert set(log_of(options.output)[1]) & {"content"} == names
 
 
+def test_no_local_loss_where_it_does_not_count(options, monkeypatch):
+    monkeypatch.setattr(a2k.train, "local_feature_loss", None)
+    Trainer(replace(options, recipe=replace(RECIPE, local_weight=0.0), steps=2)).run()
+    assert log_of(options.output)[1]["local"] is None
+
+
 def test_autoencoding_learns(options):
     recipe = replace(RECIPE, autoencode_steps=10**6, lr=1e-2)
     trainer = Trainer(replace(options, recipe=recipe, steps=400))
@@ -193,6 +199,40 @@ def test_autoencoding_leaves_the_attention_alone(options):
     trainer.run()
     changed = {name.split(".")[0] for name, x in trainer.model.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {"encoder", "decoder"}
+
+
+# --- averaged weights
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
+def test_the_average_is_saved(options, decay):
+    trainer = Trainer(replace(options, recipe=replace(RECIPE, ema_decay=decay, lr=1e-2)))
+    name, train_step = "decoder.conv1_1.weight", trainer.train_step
+    weights = [trainer.model.state_dict()[name].clone()]
+
+    def step(*batch):
+        entry = train_step(*batch)
+        weights.append(trainer.model.state_dict()[name].clone())
+        return entry
+
+    trainer.train_step = step
+    trainer.run()
+    expected = weights[0]
+    for number, weight in enumerate(weights[1:], 1):
+        factor = min(decay, (1 + number) / (10 + number))
+        expected = factor * expected + (1 - factor) * weight
+    saved = tensors_of(options.output)[name]
+    torch.testing.assert_close(saved, expected)
+    assert torch.equal(saved, weights[-1]) == (decay == 0)
+
+
+def test_the_samples_are_of_the_average(options):
+    trainer = Trainer(options)
+    before = trainer.sample_grid().tobytes()
+    torch.nn.init.zeros_(trainer.model.decoder.conv1_1.weight)
+    assert trainer.sample_grid().tobytes() == before
+    torch.nn.init.zeros_(trainer.average.decoder.conv1_1.weight)
+    assert trainer.sample_grid().tobytes() != before
 
 
 # --- going on
@@ -268,7 +308,8 @@ def test_no_run_to_resume(capsys, command, tmp_path):
         (b"a text of some length", "state.pt is not a whole weights file"),
         ({"step": 3}, "state.pt is not the state of a training"),
         ([1], "state.pt holds a list"),
-        ({"step": 3, "optimizer": {}, "model": {"x": torch.zeros(1)}}, "state.pt does not fit a StyA2K: it lacks"),
+        ({"step": 3, "optimizer": {}, "model": {}}, "state.pt is not the state of a training"),
+        ({"step": 3, "optimizer": {}, "model": {}, "average": {}}, "state.pt does not fit a StyA2K: it lacks"),
     ],
     ids=str,
 )
@@ -405,6 +446,8 @@ def test_long_and_tiny_pictures(options):
         (("--workers", -1), "workers is -1; it must be at least 0"),
         (("--seed", -1), "seed is -1; it must be at least 0"),
         (("--lr", -1), "earning rate"),
+        (("--ema-decay", 1), "ema_decay is 1.0; it must be at least 0 and below 1"),
+        (("--ema-decay", -0.1), "ema_decay is -0.1; it must be"),
         (("--holdout", 5), "has 5 images, of which holdout=5 leaves none; lower it"),
         (("--holdout", -1), "holdout is -1; it must be at least 0"),
         (("--content-dir", "none"), "none does not exist"),
