@@ -114,14 +114,15 @@ def evaluate(
             for name, output in outputs.items():
                 measured[name].append(ruler.measure(output, photo, painting, other))
             if number in shown:
-                rows.append([to_pil(x) for x in (ruler.square(photo), ruler.square(painting), *outputs.values())])
+                pictures = (outputs.pop(PHOTO), ruler.square(painting), *outputs.values())
+                rows.append([to_pil(picture) for picture in pictures])
     scores = []
     for name, values in measured.items():
         means = {measure: fmean(value[measure] for value in values) for measure in values[0]}
         seconds = fmean(sources[name].seconds) if name in networks else None
         scores.append(Scores(name, **means, seconds_per_picture=seconds))
     report = Report(f"{kind} ({Path(perceptual).name})", len(chosen), size, scores)
-    return report, comparison_sheet(["photo", "painting", *sources], rows)
+    return report, comparison_sheet(["photo", "painting", *networks, *map(str, results)], rows)
 
 
 class Network:

@@ -264,21 +264,20 @@ def test_a_result_is_missing(folders, tmp_path):
 def test_sheet(folders):
     networks = {"light": stub(lambda c, s: torch.ones_like(c)), "dark": stub(lambda c, s: torch.zeros_like(c))}
     _, sheet = evaluate(*folders, "vgg", networks, size=32)
-    assert sheet.size == (5 * 262 + 6, 8 * 262 + 6 + 16)
+    assert sheet.size == (4 * 262 + 6, 8 * 262 + 6 + 16)
     for row in range(8):
-        colors = [sheet.getpixel((134 + column * 262, 150 + row * 262)) for column in range(5)]
-        assert colors[0] == colors[2]  # the photo unchanged
-        assert colors[3:] == [(255, 255, 255), (0, 0, 0)]
+        colors = [sheet.getpixel((134 + column * 262, 150 + row * 262)) for column in range(4)]
+        assert colors[2:] == [(255, 255, 255), (0, 0, 0)]
     headings = np.asarray(sheet.crop((0, 0, sheet.width, 22)).convert("L"))
-    assert all((headings[:, 6 + i * 262 : 262 + i * 262] < 128).any() for i in range(5))
+    assert all((headings[:, 6 + i * 262 : 262 + i * 262] < 128).any() for i in range(4))
 
 
 @pytest.mark.usefixtures("quick")
 def test_sheet_of_few_pairs_and_long_names(folders):
     name = "a/very/long/path" * 20
     _, sheet = evaluate(*folders, "vgg", {name: stub(lambda c, s: c)}, size=32, pairs=2)
-    assert sheet.size == (4 * 262 + 6, 2 * 262 + 6 + 16)
-    assert (np.asarray(sheet)[:16, 3 * 262 + 263 :] == 255).all()
+    assert sheet.size == (3 * 262 + 6, 2 * 262 + 6 + 16)
+    assert (np.asarray(sheet)[:16, 3 * 262 :] == 255).all()
 
 
 # --- the command
@@ -302,7 +301,7 @@ def test_json_and_sheet(capsys, command, tiny_file, tmp_path):
     assert (report["pairs"], report["size"]) == (2, 32)
     assert [scores["name"] for scores in report["scores"]] == ["photo unchanged", str(tiny_file)]
     assert all(set(scores) == {*MEASURES, "name", "seconds_per_picture"} for scores in report["scores"])
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 262 + 6, 2 * 262 + 6 + 16)
+    assert Image.open(tmp_path / "sheet.png").size == (3 * 262 + 6, 2 * 262 + 6 + 16)
 
 
 def test_several_networks(capsys, command, tiny_file, tmp_path):
