@@ -249,7 +249,8 @@ class Trainer:
         """Write the averaged weights, the state to resume from, a sample grid and the loss plot."""
         save_model(self.average, self.folder / "weights.safetensors")
         modules = {"model": self.model, "average": self.average, "optimizer": self.optimizer}
-        state = {"step": self.step, **{name: module.state_dict() for name, module in modules.items()}}
+        numbers = {"step": self.step, "style_start": self.style_start}
+        state = numbers | {name: module.state_dict() for name, module in modules.items()}
         write_atomically(self.state_file, lambda path: torch.save(state, path))
         (self.folder / "options.json").write_text(json.dumps(asdict(self.options), indent=2) + "\n")
         write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.png")
@@ -257,12 +258,12 @@ class Trainer:
 
     def _restore(self) -> None:
         state = read_file(self.state_file, "state")
-        if not {"model", "average", "optimizer", "step"} <= state.keys():
+        if not {"model", "average", "optimizer", "step", "style_start"} <= state.keys():
             raise TrainingError(f"{self.state_file} is not the state of a training; get the run's own file back")
         for name in ("model", "average"):
             load_strictly(getattr(self, name), state[name], self.state_file)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.style_start = state["step"], state["style_start"]
 
     @torch.no_grad()
     def sample_grid(self):

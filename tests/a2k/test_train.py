@@ -28,6 +28,7 @@ from a2k.train import (
 
 KEYS = {"step", "global", "local", "lr", "seconds"}
 RECIPE = replace(RECIPES["lite"], autoencode_steps=1)
+STATE = {"step": 3, "style_start": 1, "optimizer": {}, "model": {}, "average": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -308,8 +309,8 @@ def test_no_run_to_resume(capsys, command, tmp_path):
         (b"a text of some length", "state.pt is not a whole weights file"),
         ({"step": 3}, "state.pt is not the state of a training"),
         ([1], "state.pt holds a list"),
-        ({"step": 3, "optimizer": {}, "model": {}}, "state.pt is not the state of a training"),
-        ({"step": 3, "optimizer": {}, "model": {}, "average": {}}, "state.pt does not fit a StyA2K: it lacks"),
+        (STATE, "state.pt does not fit a StyA2K: it lacks"),
+        *(({k: x for k, x in STATE.items() if k != key}, "state.pt is not the state of a training") for key in STATE),
     ],
     ids=str,
 )
@@ -385,6 +386,14 @@ def test_start_from_weights(options, tiny_file):
         torch.testing.assert_close(trainer.model.state_dict()[name], x, rtol=0, atol=0)
     trainer.run()
     assert log_of(options.output)[0]["global"] > 0  # no need to learn to copy
+
+
+def test_resume_of_a_start_from_weights(options, tiny_file):
+    """The phase that copies the photo is not made up for."""
+    options = replace(options, recipe=replace(RECIPE, autoencode_steps=100), steps=1)
+    Trainer(replace(options, weights=str(tiny_file))).run()
+    Trainer(replace(options, resume=True, steps=2)).run()
+    assert all(entry["global"] > 0 for entry in log_of(options.output))
 
 
 def test_weights_of_another_config(capsys, command, tmp_path):
