@@ -37,7 +37,7 @@ class Scores:
     Against the painting: style_loss (`a2k.losses.global_style_loss`), gram_loss (`gram_matrices`) and color_distance
     (`color_quantiles`). style_loss_shuffled: the style loss against a painting that was not asked for. Against the
     photo: content_loss (`a2k.losses.content_loss`), `vgg_distance` and `ssim`. seconds_per_picture: of a network,
-    without reading and writing; None for a folder.
+    from PIL image to PIL image; None for a folder.
     """
 
     name: str
@@ -135,14 +135,11 @@ class Network:
         self.seconds.clear()  # the first call sets up
 
     def __call__(self, photo: Path, painting: Path) -> Tensor:
-        pictures = [
-            self.square(path).to(self.transfer.device, self.transfer.dtype, memory_format=torch.channels_last)
-            for path in (photo, painting)
-        ]
+        pictures = [to_pil(self.square(path)) for path in (photo, painting)]
         started = time.perf_counter()
-        output = self.transfer.model(*pictures).float().cpu().clamp(0, 1)
+        output = self.transfer.stylize(*pictures)
         self.seconds.append(time.perf_counter() - started)
-        return output
+        return to_tensor(output)
 
 
 class Folder:
