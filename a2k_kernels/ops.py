@@ -146,6 +146,7 @@ def _(query, keys, values, out, lse, grad_out, needed, num_heads, scale, precisi
 
 def _attend_context(ctx, inputs, output):
     query, keys, values, ctx.num_heads, ctx.scale, ctx.precision = inputs
+    ctx.set_materialize_grads(False)  # lse never has a gradient; zeros in its place would be as large as the queries
     ctx.save_for_backward(query, keys, values, *output)
 
 
