@@ -68,7 +68,7 @@ def memory_table() -> str:
 
 def redraw_cell(arrangement: str, size: int) -> str:
     """Median milliseconds and peak megabytes of redrawing a picture, its style of the same size included."""
-    run, content = network(arrangement, "cuda"), picture(size, "cuda")
+    (run, _), content = network(arrangement, "cuda"), picture(size, "cuda")
     if arrangement == "published":
         content = content.float().div(255).contiguous()
     torch.cuda.reset_peak_memory_stats()

@@ -49,7 +49,7 @@ def test_layer(layer, arrangement, benchmark, time_of):
 def test_network(size, arrangement, benchmark, time_of):
     """A picture and a style of that size."""
     benchmark.group = f"network {size}px"
-    run, content = network(arrangement, DEVICE), picture(size, DEVICE)
+    (run, _), content = network(arrangement, DEVICE), picture(size, DEVICE)
     if arrangement == "published":
         content = content.float().div(255).contiguous()
     with torch.inference_mode():
