@@ -11,7 +11,17 @@ from torch import Tensor
 
 from a2k_kernels.blocks import count_blocks
 from a2k_kernels.triton.configs import attention_backward_tiles, attention_tiles, fits_one_tile
-from a2k_kernels.triton.tiles import LOG2E, architecture, block_points, dot, is_large, load_tile, on_device, store_tile
+from a2k_kernels.triton.tiles import (
+    LOG2E,
+    architecture,
+    block_points,
+    dot,
+    is_large,
+    load_tile,
+    on_device,
+    store_tile,
+    without_spills,
+)
 
 SEGMENT = 16  # query blocks of one key block that a backward program handles
 
@@ -313,7 +323,7 @@ def block_attention_fwd(
     """Fill out: (B, C_v, H, W). index: contiguous."""
     (B, C, H, W), (key_height, key_width) = query.shape, key.shape[-2:]
     dim, value_dim, blocks = C // num_heads, value.shape[1] // num_heads, index.shape[-1]
-    tiles = attention_tiles(block_size, dim, value_dim, query.element_size())
+    tiles = without_spills(attention_tiles(block_size, dim, value_dim, query.element_size()), query)
     grid = (blocks * -(-(block_size**2) // tiles["BLOCK_M"]) * num_heads, B)
     key_rows, key_cols = count_blocks((key_height, key_width), block_size)
     if B == 0:
@@ -384,7 +394,9 @@ def block_attention_bwd(
     shape = (dim, value_dim, block_size, num_heads)
     size = (H, W, key_height, key_width, blocks)
     large = is_large(query, key, value, grad_out, *grads)
-    tiles = attention_backward_tiles(block_size, dim, value_dim, query.element_size(), architecture(query))
+    tiles = without_spills(
+        attention_backward_tiles(block_size, dim, value_dim, query.element_size(), architecture(query)), query
+    )
     maps, inputs = B * num_heads, (query, key, value, grad_out)
     key_workspace, value_workspace = (
         lists.workspace(maps, tiles["BLOCK_N"], channels, tiles[block]) if grad is not None else None
@@ -393,12 +405,12 @@ def block_attention_bwd(
     strides = [x.stride() for x in inputs]
     with on_device(query):
         if fits_one_tile(block_size, dim, value_dim, query.element_size()):
+            options = {name: x for name, x in tiles.items() if name not in ("BLOCK_M", "BLOCK_N")}
             block_attention_bwd_kernel[(lists.num_programs, maps)](
                 *inputs, grad_query, grad_key, grad_value, key_workspace, value_workspace, *lists.tensors,
                 *strides, *(None if grad is None else grad.stride() for grad in (grad_query, grad_key, grad_value)),
                 *size, lists.num_lists, lists.num_slots, scale, *shape, SEGMENT, precision, large,
-                BLOCK_R=tiles["BLOCK_N"], BLOCK_D=tiles["BLOCK_D"], BLOCK_DV=tiles["BLOCK_DV"],
-                num_warps=tiles["num_warps"], num_stages=tiles["num_stages"],
+                BLOCK_R=tiles["BLOCK_N"], **options,
             )  # fmt: skip
         else:
             if grad_query is not None:

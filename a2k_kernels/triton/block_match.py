@@ -7,7 +7,7 @@ from torch import Tensor
 
 from a2k_kernels.blocks import count_blocks
 from a2k_kernels.triton.configs import match_splits, match_tiles
-from a2k_kernels.triton.tiles import architecture, dot, is_large, on_device
+from a2k_kernels.triton.tiles import architecture, dot, is_large, on_device, without_spills
 
 NO_INDEX = tl.constexpr(2147483647)
 
@@ -128,7 +128,9 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     if B == 0:
         return torch.empty((B, num_heads, blocks), dtype=torch.int32, device=query.device)
     depth = block_size**2 * (C // num_heads)
-    tiles = match_tiles(blocks, key_blocks, depth, maps, query.element_size(), architecture(query))
+    tiles = without_spills(
+        match_tiles(blocks, key_blocks, depth, maps, query.element_size(), architecture(query)), query
+    )
     programs, key_tiles = -(-blocks // tiles["BLOCK_M"]), -(-key_blocks // tiles["BLOCK_N"])
     splits = match_splits(programs * maps, key_tiles)
     score = torch.empty((splits, maps, blocks), dtype=torch.float32, device=query.device)

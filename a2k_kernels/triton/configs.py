@@ -24,7 +24,7 @@ def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
         "num_warps": min(4, block_n // 16) if element_size == 2 else 16 if block_n in (32, 64) else 8,
-        "num_stages": 2,
+        "num_stages": 2 if element_size == 2 else 1,
     }
 
 
@@ -37,7 +37,7 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
         spills = arch == "sm_80" and max(dim, value_dim) <= 32  # ptxas, to fit a third program on a processor
         return tiles | {"num_stages": 2 if spills else 1}
     if tiles["BLOCK_N"] > 64 or element_size == 4:
-        return tiles | {"BLOCK_M": 16, "num_warps": 8}
+        return tiles | {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2}
     return tiles
 
 
@@ -55,7 +55,8 @@ def match_tiles(n_query: int, n_key: int, depth: int, maps: int, element_size: i
     if element_size == 2 and maps * -(-n_query // 128) * -(-n_key // widest) >= 128:
         sides = {"BLOCK_M": 128, "BLOCK_N": widest, "num_warps": 8, "num_stages": 4}
     else:
-        sides = {"BLOCK_M": min(64, tile_side(n_query)), "BLOCK_N": min(64, tile_side(n_key)), "num_warps": 4}
+        sides = {"BLOCK_M": min(64, tile_side(n_query)), "BLOCK_N": min(64, tile_side(n_key))}
+        sides["num_warps"] = 4 if element_size == 2 else 8
     return {"BLOCK_K": min(32, tile_side(depth)), "num_stages": 4} | sides
 
 

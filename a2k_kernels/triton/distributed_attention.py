@@ -11,7 +11,7 @@ from a2k_kernels.triton.configs import (
     distributed_splits,
     distributed_tiles,
 )
-from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device, store_tile
+from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device, store_tile, without_spills
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def attend_fwd(
     """Fill out: (B, C_v, H, W) from aggregated keys and values (B, heads, n, d), contiguous. Returns lse."""
     B, C, H, W = query.shape
     dim, value_dim, num_keys = C // num_heads, values.shape[-1], keys.shape[2]
-    tiles = distributed_tiles(num_keys, dim, value_dim, query.element_size())
+    tiles = without_spills(distributed_tiles(num_keys, dim, value_dim, query.element_size()), query)
     lse = torch.empty((B, num_heads, H * W), dtype=torch.float32, device=query.device)
     if B == 0:
         return lse
@@ -186,7 +186,7 @@ def attend_bwd(
     dim, value_dim, num_keys, maps = C // num_heads, values.shape[-1], keys.shape[2], B * num_heads
     if B == 0:
         return tuple(torch.empty_like(x, dtype=torch.float32) for x in (keys, values)) if needs_keys else None
-    tiles = distributed_query_tiles(num_keys, dim, value_dim, query.element_size())
+    tiles = without_spills(distributed_query_tiles(num_keys, dim, value_dim, query.element_size()), query)
     large = is_large(query, out, grad_out)
     inputs = (query, keys, values, out, lse, grad_out)
     strides = (query.stride(), out.stride(), grad_out.stride())
@@ -199,7 +199,7 @@ def attend_bwd(
             )  # fmt: skip
         if not needs_keys:
             return None
-        tiles = distributed_key_tiles(num_keys, dim, value_dim, query.element_size())
+        tiles = without_spills(distributed_key_tiles(num_keys, dim, value_dim, query.element_size()), query)
         query_tiles, key_tiles = -(-(H * W) // tiles["BLOCK_M"]), -(-num_keys // tiles["BLOCK_N"])
         splits = distributed_splits(key_tiles * maps, query_tiles)
         grad_keys = torch.empty((splits, *keys.shape), dtype=torch.float32, device=query.device)
