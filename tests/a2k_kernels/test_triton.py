@@ -69,11 +69,12 @@ def size_of_terms(case: Case) -> float:
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, name: str, terms: float) -> None:
     """At most twice the error of the formulas run in that dtype, or of the exact result rounded to it.
 
-    Both can be 0 where terms cancel, as where all keys of a block are equal: allowed besides is a tenth of half a unit
-    in the last place of each term, since tensor cores take the terms rounded to that dtype.
+    Both are 0 where terms cancel exactly: float32's rounding of them is allowed besides.
     """
     half_precision = max(distance(plain, exact), distance(exact.to(actual.dtype), exact))
-    allowed = 2 * half_precision + 0.05 * torch.finfo(actual.dtype).eps * terms * exact.numel() ** 0.5
+    if exact[:, 0].numel() < 64:  # too few points to compare: those of plain may be exact by luck
+        half_precision += torch.finfo(actual.dtype).eps * exact.norm().item()
+    allowed = 2 * half_precision + 1e-6 * terms * exact.numel() ** 0.5
     assert distance(actual, exact) <= allowed, f"{name}: {distance(actual, exact):.3g}, allowed {allowed:.3g}"
 
 
@@ -94,8 +95,11 @@ def assert_equals_reference(case: Case, upstream_layout: str = "contiguous") -> 
     if dtype == torch.float32:
         for out, expected_out in zip(outs, expected, strict=True):
             assert_near(out, expected_out, 1e-5, "output", 0.1)
+        plain_grads = gradients(case, case.run("reference"), upstream)
         for name, grad in grads.items():
+            plain_error = (plain_grads[name].double() - expected_grads[name]).abs().max().item()
             least_scale = 1.0 if name in ("alpha", "beta") else 0.1 * terms
+            least_scale = max(least_scale, 2 * plain_error / 2e-5)  # a gate near 1 leaves alpha's gradient few digits
             assert_near(grad, expected_grads[name], 2e-5, f"gradient of {name}", least_scale)
         return
     plain, plain_grads = run_operation_by_operation(case, upstream)
