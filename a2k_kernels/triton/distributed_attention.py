@@ -15,14 +15,19 @@ from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device,
 
 
 @triton.jit
-def load_rows(ptr, map_number, first, num_rows, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(
+    ptr, map_number, first, num_rows,
+    WHOLE: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Rows first .. first + BLOCK_N - 1 of one map of a contiguous (maps, num_rows, DIM) tensor.
 
-    The last row is repeated beyond the end.
+    The last row is repeated beyond the end, where there may be an end: if not WHOLE.
     """
-    row, d = tl.minimum(first + tl.arange(0, BLOCK_N), num_rows - 1), tl.arange(0, BLOCK_D)
-    pointers = ptr + (map_number.to(tl.int64) * num_rows + row)[:, None] * DIM + d[None, :]
-    return tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    start = ptr + (map_number.to(tl.int64) * num_rows + first) * DIM
+    row, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    if not WHOLE:
+        row = tl.minimum(row, num_rows - 1 - first)
+    return tl.load(start + row[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
 
 
 @triton.jit
@@ -32,8 +37,8 @@ def attend_to_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """(running_max, running_sum, out) after BLOCK_N more keys, or fewer if not WHOLE. factor >= 0."""
-    k = load_rows(key_ptr, map_number, first, num_keys, DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(value_ptr, map_number, first, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
+    k = load_rows(key_ptr, map_number, first, num_keys, WHOLE, DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(value_ptr, map_number, first, num_keys, WHOLE, VALUE_DIM, BLOCK_N, BLOCK_DV)
     scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
     new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
     weights = tl.exp2(scores * factor - new_max[:, None])  # [BLOCK_M, BLOCK_N]
@@ -103,8 +108,8 @@ def distributed_bwd_query_kernel(
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, num_keys, BLOCK_N):
-        k = load_rows(key_ptr, map_number, first, num_keys, DIM, BLOCK_N, BLOCK_D)
-        v = load_rows(value_ptr, map_number, first, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        k = load_rows(key_ptr, map_number, first, num_keys, False, DIM, BLOCK_N, BLOCK_D)
+        v = load_rows(value_ptr, map_number, first, num_keys, False, VALUE_DIM, BLOCK_N, BLOCK_DV)
         weights = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2E) - lse[:, None])
         weights = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], weights, 0.0)
         grad_weights = dot(grad_out, tl.trans(v), zeros, PRECISION)
@@ -126,8 +131,8 @@ def distributed_bwd_key_kernel(
     """
     tile, split, map_number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
-    k = load_rows(key_ptr, map_number, tile * BLOCK_N, num_keys, DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(value_ptr, map_number, tile * BLOCK_N, num_keys, VALUE_DIM, BLOCK_N, BLOCK_DV)
+    k = load_rows(key_ptr, map_number, tile * BLOCK_N, num_keys, False, DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(value_ptr, map_number, tile * BLOCK_N, num_keys, False, VALUE_DIM, BLOCK_N, BLOCK_DV)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
