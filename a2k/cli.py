@@ -263,6 +263,14 @@ def add_train(commands) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--config", choices=("lite", "vgg16", "vgg19"), default="lite", help="network (%(default)s)")
     parser.add_argument("--crop", type=int, default=256, metavar="PX", help="side of the crops (%(default)s)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        default=(2.0, 2.0),
+        metavar=("MIN", "MAX"),
+        help="short side of the resized pictures as a multiple of the crop, drawn between the two (2 2)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=160_000, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate (5e-4 for lite, else 2e-4)")
@@ -295,6 +303,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     options.pop("run")
     given = {field.name: options.pop(field.name, None) for field in fields(train.Recipe)}
     changes = {name: value for name, value in given.items() if value is not None}
+    options["scale"] = tuple(options["scale"])
     options["recipe"] = replace(train.RECIPES[arguments.config], **changes)
     options["device"] = str(choose_device(arguments.device))
     if arguments.weights:

@@ -53,13 +53,18 @@ class Picture:
 
 
 def read_image(
-    source: "str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Picture", *, max_pixels: int = MAX_PIXELS
+    source: "str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Picture",
+    *,
+    max_pixels: int = MAX_PIXELS,
+    short_side: int | None = None,
 ) -> Picture:
     """Read a picture upright (EXIF) and in sRGB (ICC), with its alpha if it has one.
 
     `source` is a path, a binary stream, a PIL image, a uint8 array of shape (H, W, 3) in sRGB, or a Picture, which is
     returned as it is. An animation
-    gives its first frame. 16-bit grey is scaled to 8 bits, and so are floats in [0, 1].
+    gives its first frame. 16-bit grey is scaled to 8 bits, and so are floats in [0, 1]. With `short_side`, a JPEG file
+    may come out at a half, a quarter or an eighth of its size, which decodes faster and in less memory, but with a
+    short side of no less than that.
 
     Raises ImageError if the picture is missing, unreadable, damaged, or has more than `max_pixels` pixels
     (found from the header, before anything is decoded), and TypeError if `source` is none of the above.
@@ -72,10 +77,10 @@ def read_image(
         return _to_picture(_from_array(source), "the array", max_pixels)
     if isinstance(source, (str, os.PathLike)):
         with _open_file(source) as file:
-            return _to_picture(_open_image(file, source), source, max_pixels)
+            return _to_picture(_open_image(file, source), source, max_pixels, short_side)
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = getattr(source, "name", "the stream")
-        return _to_picture(_open_image(source, name), name, max_pixels)
+        return _to_picture(_open_image(source, name), name, max_pixels, short_side)
     raise TypeError(f"source is a {type(source).__name__}; give a path, a binary stream, a PIL image or a numpy array")
 
 
@@ -250,7 +255,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _to_picture(image: Image.Image, name: object, max_pixels: int) -> Picture:
+def _to_picture(image: Image.Image, name: object, max_pixels: int, short_side: int | None = None) -> Picture:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -260,6 +265,8 @@ def _to_picture(image: Image.Image, name: object, max_pixels: int) -> Picture:
     if width * height == 0:
         raise ImageError(f"{name} is {width}x{height} and so has no pixels; give another")
     try:
+        if short_side is not None and image.format == "JPEG":
+            image.draft(None, (short_side, short_side))
         image.load()
         image = _to_upright(image)
         return Picture(_to_srgb(image), _alpha_of(image))

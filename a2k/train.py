@@ -69,6 +69,7 @@ class TrainOptions:
     config: str = "lite"
     recipe: Recipe = RECIPES["lite"]
     crop: int = 128
+    scale: tuple[float, float] = (2.0, 2.0)
     batch_size: int = 6
     steps: int = 5000
     seed: int = 0
@@ -102,7 +103,7 @@ class Trainer:
         content_files, content_held = split_files(options.content_dir, options.holdout)
         style_files, style_held = split_files(options.style_dir, options.holdout)
         length = options.steps * options.batch_size
-        self.data = PairDataset(content_files, style_files, options.crop, length, options.seed)
+        self.data = PairDataset(content_files, style_files, options.crop, length, options.seed, options.scale)
         self.data[0]  # raises ImageError here and not in another process, where its message would drown
         self.samples = [
             readable_images(files, SAMPLE_FILES) for files in (content_held or content_files, style_held or style_files)

@@ -1,3 +1,4 @@
+import shutil
 import warnings
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 from tiny import noise, picture, pictures
 
+import a2k.data
 from a2k.data import PairDataset, draw_image, make_loader, random_crop, readable_images, split_files
 from a2k.images import ImageError, find_images, to_tensor
 
@@ -18,8 +20,8 @@ def files(tmp_path):
     return [find_images([pictures(tmp_path / name, 5, **SIZE)]) for name in ("content", "style")]
 
 
-def dataset(files, seed=0, crop=32, length=12):
-    return PairDataset(*files, crop, length, seed)
+def dataset(files, seed=0, crop=32, length=12, scale=(2.0, 2.0)):
+    return PairDataset(*files, crop, length, seed, scale)
 
 
 # --- pairs
@@ -72,7 +74,7 @@ def test_crop_is_cut_from_the_resized_picture():
     windows = half.unfold(1, 25, 1).unfold(2, 25, 1)  # (3, 26, 36, 25, 25)
     flips = set()
     for seed in range(12):
-        crop = random_crop(image, 25, np.random.default_rng(seed))
+        crop = random_crop(image, 25, 50, np.random.default_rng(seed))
         errors = [(windows - x[:, None, None]).abs().amax((0, 3, 4)).min() for x in (crop, crop.flip(-1))]
         assert min(errors) < 0.02
         flips.add(bool(errors[0] < errors[1]))
@@ -82,7 +84,7 @@ def test_crop_is_cut_from_the_resized_picture():
 def test_crops_are_everywhere():
     ramp = np.indices((64, 96)).transpose(1, 2, 0).astype(np.uint8)
     image = Image.fromarray(np.concatenate([ramp, ramp[..., :1]], 2))
-    crops = [random_crop(image, 32, np.random.default_rng(seed)) * 255 for seed in range(200)]
+    crops = [random_crop(image, 32, 64, np.random.default_rng(seed)) * 255 for seed in range(200)]
     tops, lefts = ([int(x[channel].min().round()) for x in crops] for channel in (0, 1))
     assert (min(tops), max(tops)) == (0, 32)
     assert (min(lefts), max(lefts)) == (0, 64)
@@ -91,11 +93,53 @@ def test_crops_are_everywhere():
 @pytest.mark.parametrize("size", ((1, 1), (3, 1), (1, 100_000), (100_000, 1), (31, 32), (1000, 999)))
 def test_crop_of_any_size(size):
     for seed in range(5):
-        crop = random_crop(Image.new("RGB", size, (255, 0, 51)), 48, np.random.default_rng(seed))
+        short_side = (48.0, 96.0, 76.8, 100 / 3 * 2, 48 * 1.1)[seed]
+        crop = random_crop(Image.new("RGB", size, (255, 0, 51)), 48, short_side, np.random.default_rng(seed))
         torch.testing.assert_close(crop, torch.tensor([1.0, 0, 0.2])[:, None, None].expand(3, 48, 48))
 
 
-# --- broken files
+@pytest.fixture
+def drawn(monkeypatch):
+    """(crop, short side) of every crop that is taken."""
+    calls = []
+
+    def record(image, crop, short_side, rng):
+        calls.append((crop, short_side))
+        return random_crop(image, crop, short_side, rng)
+
+    monkeypatch.setattr(a2k.data, "random_crop", record)
+    return calls
+
+
+def test_the_published_scale(files, drawn):
+    dataset(files)[0]
+    assert drawn == [(32, 64)] * 2
+
+
+def test_scales_are_log_uniform_and_independent(files, drawn):
+    data = dataset(files, length=200, scale=(1.0, 4.0))
+    for item in range(len(data)):
+        data[item]
+    octaves = np.log2([short_side / crop for crop, short_side in drawn]).reshape(-1, 2)  # of photo and painting
+    assert 0 <= octaves.min() < 0.05 and 1.95 < octaves.max() <= 2
+    np.testing.assert_allclose(np.histogram(octaves, 4, (0, 2))[0], 100, atol=30)
+    assert abs(np.corrcoef(octaves.T)[0, 1]) < 0.2
+
+
+def test_the_whole_short_side_at_scale_1(files):
+    crop = dataset(files, crop=70, scale=(1.0, 1.0))[0][0]
+    images = [to_tensor(Image.open(path))[0] for path in files[0]]
+    windows = torch.cat([x.unfold(2, 70, 1).movedim(2, 0) for image in images for x in (image, image.flip(-1))])
+    assert (windows - crop).abs().amax((1, 2, 3)).min() < 1e-6
+
+
+@pytest.mark.parametrize("scale", ((0.5, 2), (2, 1), (0, 0), (1, float("inf")), (float("nan"), 2)))
+def test_scales_that_cannot_be(files, scale):
+    with pytest.raises(ValueError, match=r"scale is .*; give a lowest of at least 1 and a highest of no less"):
+        dataset(files, scale=scale)
+
+
+# --- broken files, and large ones
 
 
 def test_a_broken_picture_is_named_and_replaced(files):
@@ -104,6 +148,47 @@ def test_a_broken_picture_is_named_and_replaced(files):
         for item in range(12):
             dataset(files)[item]
     assert all(str(files[1][2]) in str(warning.message) for warning in caught)
+
+
+def test_a_picture_that_vanishes_is_named_and_replaced(files):
+    data = dataset(files)
+    files[0][2].unlink()
+    with pytest.warns(UserWarning, match=f"skipped: cannot read {files[0][2]}: No such file") as caught:
+        crops = [data[item] for item in range(12)]
+    assert len(caught) < len(crops) == 12
+
+
+def test_a_folder_that_vanishes(files):
+    data = dataset(files)
+    shutil.rmtree(files[1][0].parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            ImageError, match=r"100 pictures in a row could not be read.*style.*; check the data folders"
+        ):
+            data[0]
+
+
+def test_a_large_jpeg_is_decoded_small(tmp_path, monkeypatch):
+    sizes = []
+
+    def record(image, *others):
+        sizes.append(image.size)
+        return random_crop(image, *others)
+
+    monkeypatch.setattr(a2k.data, "random_crop", record)
+    path = picture(tmp_path / "large.jpg", 1200, 1000)
+    data = dataset([[path], [path]], scale=(2.0, 8.0), length=40)
+    for item in range(len(data)):
+        data[item]
+    assert {size[1] for size in sizes} == {125, 250, 500}
+
+
+def test_a_picture_of_too_many_pixels_is_skipped(files):
+    Image.new("1", (20_000, 10_000)).save(files[0][2])
+    with pytest.warns(UserWarning, match=f"skipped: {files[0][2]} is 20000x10000, 200000000 pixels, over the limit"):
+        for item in range(12):
+            dataset(files)[item]
 
 
 def test_nothing_but_broken_pictures(files):

@@ -166,6 +166,23 @@ def test_every_kind_of_source_gives_the_same_picture(rng, tmp_path):
             np.testing.assert_array_equal(np.asarray(picture.rgb), pixels)
 
 
+def test_a_jpeg_may_be_read_smaller(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (640, 480), (200, 100, 50)).save(path, quality=95)
+    for short_side, size in (
+        (None, (640, 480)),
+        (480, (640, 480)),
+        (240, (320, 240)),
+        (130, (320, 240)),
+        (1, (80, 60)),
+    ):
+        rgb = read_image(path, short_side=short_side).rgb
+        assert rgb.size == size
+        assert rgb.getpixel((40, 30)) == pytest.approx((200, 100, 50), abs=2)
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", short_side=1).rgb.size == (640, 480)
+
+
 def read_pipe(data):
     reader, writer = os.pipe()
     with open(writer, "wb") as file:

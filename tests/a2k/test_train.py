@@ -123,12 +123,21 @@ def test_options_of_the_command(monkeypatch, command):
     given = []
     monkeypatch.setattr(a2k.train, "main", given.append)
     options = ("--lr", 0.5, "--global-weight", 1, "--local-weight", 2, "--content-weight", 3, "--keys", "cumulative")
-    assert main([str(x) for x in (*command, *options, "--seed", 7, "--dtype", "bfloat16", "--device", "cpu")]) == 0
+    assert (
+        main(
+            [
+                str(x)
+                for x in (*command, *options, "--scale", 1, 3, "--seed", 7, "--dtype", "bfloat16", "--device", "cpu")
+            ]
+        )
+        == 0
+    )
     assert main([str(x) for x in command[:9]]) == 0
     first, default = given
     recipe = first.recipe
     assert (recipe.lr, recipe.global_weight, recipe.local_weight, recipe.content_weight) == (0.5, 1, 2, 3)
     assert (recipe.keys, recipe.autoencode_steps, first.seed, first.dtype) == ("cumulative", 1, 7, "bfloat16")
+    assert (first.scale, default.scale) == ((1, 3), (2, 2))
     assert (default.recipe, default.crop, default.batch_size) == (RECIPES["lite"], 256, 8)
     assert (default.holdout, default.workers, default.resume, default.weights) == (40, 1, False, None)
 
@@ -449,6 +458,8 @@ def test_long_and_tiny_pictures(options):
         (("--crop", 40), "crop is 40; it must be a multiple of 16, at least 32"),
         (("--crop", 16), "crop is 16; it must be"),
         (("--crop", -32), "crop is -32; it must be"),
+        (("--scale", 0.5, 2), "scale is 0.5 2; give a lowest of at least 1"),
+        (("--scale", 3, 2), "scale is 3 2; give a lowest of at least 1"),
         (("--batch-size", 0), "batch_size is 0; it must be at least 1"),
         (("--steps", 0), "steps is 0; it must be at least 1"),
         (("--checkpoint-steps", 0), "checkpoint_steps is 0; it must be at least 1"),
