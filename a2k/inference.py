@@ -351,8 +351,8 @@ class FusedDecoder:
         self.merge = Chain([Conv(x.weight, x.bias, relu=x is decoder.conv4_1) for x in merge], channels[3])
         joint, *rest = convs(3)
         coarse, fine = joint.weight.split(channels[2], 1)
-        self.coarse = UpsampleConv(coarse, torch.zeros_like(joint.bias))
-        self.fine = Conv(fine, joint.bias)
+        self.coarse = UpsampleConv(coarse, torch.zeros_like(joint.bias), relu=False)
+        self.fine, self.channels = Conv(fine, joint.bias), channels[2]
         self.rest = [Conv(x.weight, x.bias) for x in rest]
         self.paint = Chain([*layers(2), *layers(1)], channels[1])
 
@@ -366,4 +366,4 @@ class FusedDecoder:
     def join(self, x: Tensor, like: Tensor) -> Chain:
         """From A2K's output at scale 3 and the decoder's at scale 4 to the decoder's at scale 3."""
         first = JoinConv(self.fine, lambda window: layer_window(self.coarse, x, window, like))
-        return Chain([first, *self.rest], self.fine.weight.shape[1])
+        return Chain([first, *self.rest], self.channels)

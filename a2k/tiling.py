@@ -6,7 +6,6 @@ fit a processor's cache are faster than whole maps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from math import ceil, sqrt
 from typing import NamedTuple
@@ -14,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from a2k.winograd import Winograd, pays
 
 Size = tuple[int, int]  # height, width
 Margin = tuple[int, int, int, int]  # 1 or 0 for each side: top, bottom, left, right
@@ -65,9 +66,9 @@ class Conv:
     mirror = 2  # the padding repeats the row (or column) so far from it
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
-        self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        self.bias, self.relu = bias.detach(), relu
-        self.channels, self.flops = len(weight), 2 * weight.numel()
+        weight, bias = weight.detach(), bias.detach()
+        self.channels, self.flops, self.relu = len(weight), 2 * weight.numel(), relu
+        self.convolve = Winograd(weight, bias) if pays(weight) else Direct(weight, bias)
 
     def output_size(self, size: Size) -> Size:
         return size
@@ -80,20 +81,34 @@ class Conv:
         """Sides on which the input must be padded, for a window of an output of that size."""
         return window.borders(size)
 
-    def __call__(self, x: Tensor, window: Window) -> Tensor:
-        """The window of the output, before ReLU, from its source with the margin."""
-        return F.conv2d(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, window: Window, out: Tensor | None = None) -> Tensor:
+        """The window of the output from its source with the margin; fills out if there is one."""
+        return self.convolve(x, self.relu, out)
+
+
+class Direct:
+    """torch's convolution, by the interface of `Winograd`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight.contiguous(memory_format=torch.channels_last), bias
+
+    def __call__(self, x: Tensor, relu: bool, out: Tensor | None = None) -> Tensor:
+        x = F.conv2d(x, self.weight, self.bias)
+        if out is None:
+            return x.relu_() if relu else x
+        return torch.clamp_min(x, 0, out=out) if relu else out.copy_(x)
 
 
 class JoinConv(Conv):
-    """3x3 convolution whose sum starts from another map: what the convolution makes of further input channels."""
+    """3x3 convolution whose sum, before ReLU, has another map added: what it makes of further input channels."""
 
     def __init__(self, conv: Conv, start: Callable[[Window], Tensor]) -> None:
         vars(self).update(vars(conv))
         self.start = start
 
-    def __call__(self, x: Tensor, window: Window) -> Tensor:
-        return super().__call__(x, window).add_(self.start(window))
+    def __call__(self, x: Tensor, window: Window, out: Tensor | None = None) -> Tensor:
+        x = self.convolve(x, False, out).add_(self.start(window))
+        return x.relu_() if self.relu else x
 
 
 class UpsampleConv(Conv):
@@ -121,10 +136,9 @@ class UpsampleConv(Conv):
         top, left = max(0, (window.top - 1) // 2), max(0, (window.left - 1) // 2)
         return Window(top, min(size[0], window.bottom // 2 + 1), left, min(size[1], window.right // 2 + 1))
 
-    def __call__(self, x: Tensor, window: Window) -> Tensor:
+    def __call__(self, x: Tensor, window: Window, out: Tensor | None = None) -> Tensor:
         quarters = super().__call__(x, window).split(self.channels, 1)
-        shape = (len(x), self.channels, *window.size)
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        out = new_map(x, self.channels, window.size) if out is None else out
         for quarter, (row, col) in zip(quarters, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
             # The first rows and columns of this parity, in the window and among the kernel's positions.
             y, x0 = (row - window.top) % 2, (col - window.left) % 2
@@ -159,8 +173,11 @@ class MaxPool:
     def margin(self, window: Window, size: Size) -> Margin:
         return NO_MARGIN
 
-    def __call__(self, x: Tensor, window: Window) -> Tensor:
-        return F.max_pool2d(x, 2, ceil_mode=True)
+    def __call__(self, x: Tensor, window: Window, out: Tensor | None = None) -> Tensor:
+        x = F.max_pool2d(x, 2, ceil_mode=True)
+        if out is None:
+            return x.relu_() if self.relu else x
+        return torch.clamp_min(x, 0, out=out) if self.relu else out.copy_(x)
 
 
 def tile_elements(layers: Sequence[Conv | MaxPool], device: str) -> int:
@@ -208,19 +225,20 @@ class Chain:
             windows = [window]
             for layer, layer_size in zip(reversed(self.layers), reversed(sizes[:-1]), strict=True):
                 windows.insert(0, layer.source(windows[0], layer_size))
-            x, relu, outputs = None, False, windows[1:]
-            for number, layer in enumerate(self.layers):
-                margin = layer.margin(outputs[number], sizes[number + 1])
-                if x is None:
-                    fill = partial(read, windows[0])
-                    x = with_margin(like, self.channels, windows[0].size, margin, layer.mirror, fill)
-                elif any(margin):
-                    fill = partial(copy_active, x, relu)
-                    x = with_margin(like, x.shape[1], x.shape[-2:], margin, layer.mirror, fill)
-                elif relu:
-                    x.relu_()
-                x, relu = layer(x, outputs[number]), layer.relu
-            write(window, x.relu_() if relu else x)
+            outputs = windows[1:]
+            margins = [layer.margin(*to) for layer, *to in zip(self.layers, outputs, sizes[1:], strict=True)]
+            frame = Frame(like, self.channels, windows[0].size, margins[0], self.layers[0].mirror)
+            read(windows[0], frame.inside)
+            x = frame.reflected()
+            for number, layer in enumerate(self.layers, 1):
+                if number < len(self.layers) and any(margins[number]):
+                    after = self.layers[number]
+                    frame = Frame(like, layer.channels, windows[number].size, margins[number], after.mirror)
+                    layer(x, windows[number], frame.inside)
+                    x = frame.reflected()
+                else:
+                    x = layer(x, windows[number])
+            write(window, x)
             yield sum(layer.flops * w.size[0] * w.size[1] for layer, w in zip(self.layers, outputs, strict=True))
 
     def tiles(self, sizes: list[Size], device: str, batch: int) -> list[Window]:
@@ -239,31 +257,36 @@ class Chain:
         ]
 
 
-def with_margin(
-    like: Tensor, channels: int, size: Size, margin: Margin, mirror: int, fill: Callable[[Tensor], object]
-) -> Tensor:
-    """A channels_last tensor whose inside, of that size, is filled by fill(inside) and reflected into the margin.
+class Frame:
+    """A channels_last map with room for a margin.
 
     mirror: how far from a row or column of the margin the one is that it repeats.
     """
-    (height, width), (top, bottom, left, right) = size, margin
-    shape = (len(like), channels, top + height + bottom, left + width + right)
-    x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    fill(x[:, :, top : top + height, left : left + width])
-    if left:
-        x[:, :, :, 0] = x[:, :, :, mirror]
-    if right:
-        x[:, :, :, -1] = x[:, :, :, -1 - mirror]
-    if top:
-        x[:, :, 0] = x[:, :, mirror]
-    if bottom:
-        x[:, :, -1] = x[:, :, -1 - mirror]
-    return x
+
+    def __init__(self, like: Tensor, channels: int, size: Size, margin: Margin, mirror: int) -> None:
+        (height, width), (top, bottom, left, right) = size, margin
+        self.margin, self.mirror = margin, mirror
+        self.whole = new_map(like, channels, (top + height + bottom, left + width + right))
+        self.inside = self.whole[:, :, top : top + height, left : left + width]
+
+    def reflected(self) -> Tensor:
+        """The map, its inside reflected into the margin."""
+        (top, bottom, left, right), x, mirror = self.margin, self.whole, self.mirror
+        if left:
+            x[:, :, :, 0] = x[:, :, :, mirror]
+        if right:
+            x[:, :, :, -1] = x[:, :, :, -1 - mirror]
+        if top:
+            x[:, :, 0] = x[:, :, mirror]
+        if bottom:
+            x[:, :, -1] = x[:, :, -1 - mirror]
+        return x
 
 
-def copy_active(x: Tensor, relu: bool, out: Tensor) -> Tensor:
-    """Copy x to out, through ReLU if asked for, in one pass."""
-    return torch.clamp_min(x, 0, out=out) if relu else out.copy_(x)
+def new_map(like: Tensor, channels: int, size: Size) -> Tensor:
+    """An uninitialised channels_last map, of like's batch size, dtype and device."""
+    shape = (len(like), channels, *size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def upsampled(x: Tensor, window: Window) -> Tensor:
@@ -274,8 +297,9 @@ def upsampled(x: Tensor, window: Window) -> Tensor:
 
 
 def layer_window(layer: Conv, x: Tensor, window: Window, like: Tensor) -> Tensor:
-    """A window of the output of one layer, before ReLU; x: its whole input."""
+    """A window of the output of one layer; x: its whole input."""
     size = tuple(x.shape[-2:])
     source, margin = layer.source(window, size), layer.margin(window, layer.output_size(size))
-    fill = partial(copy_active, source.of(x), False)
-    return layer(with_margin(like, x.shape[1], source.size, margin, layer.mirror, fill), window)
+    frame = Frame(like, x.shape[1], source.size, margin, layer.mirror)
+    frame.inside.copy_(source.of(x))
+    return layer(frame.reflected(), window)

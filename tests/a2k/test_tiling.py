@@ -1,13 +1,15 @@
 """Chains of layers, tile by tile, against the same layers on whole maps."""
 
 import random
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2k import tiling
+from a2k import tiling, winograd
 from a2k.tiling import Chain, Conv, JoinConv, MaxPool, UpsampleConv, Window, layer_window, upsampled
 
 SEEDS = [random.randrange(10**6) for _ in range(8)]
@@ -53,25 +55,40 @@ def set_tile_elements(monkeypatch, elements: int) -> None:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """What nobody writes is NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
+    for place, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, poisoned(getattr(place, name)))
+
+
+def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **options: empty(*args, **options).fill_(float("nan"))
+
+
+@pytest.fixture(params=(1, 16), ids=("direct", "winograd"))
+def times(request, monkeypatch) -> int:
+    """Channels come so many times; by `Winograd` where their number allows it."""
+    if request.param == 16:
+        monkeypatch.setattr(tiling, "pays", lambda weight: weight.shape[0] % 16 == weight.shape[1] % 16 == 0)
+        monkeypatch.setattr(winograd, "LEAST_TILES", 1)
+    return request.param
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_encoder_chain(seed, monkeypatch):
+def test_encoder_chain(seed, times, monkeypatch):
     rng, generator, x = example(seed)
-    set_tile_elements(monkeypatch, rng.choice((40, 200, 1000, 1 << 22)))
-    first, second, third = conv(generator, 3, 5), conv(generator, 5, 4), conv(generator, 4, 6)
-    layers = [layer(Conv, first), layer(Conv, second, False), MaxPool(4, relu=True), layer(Conv, third)]
+    set_tile_elements(monkeypatch, times * rng.choice((100, 400, 1000, 1 << 22)))
+    widths = (3, 5 * times, 4 * times, 6 * times)
+    first, second, third = (conv(generator, *pair) for pair in pairwise(widths))
+    layers = [layer(Conv, first), layer(Conv, second, False), MaxPool(4 * times, relu=True), layer(Conv, third)]
     expected = third(F.max_pool2d(second(first(x).relu()).relu(), 2, ceil_mode=True)).relu()
     torch.testing.assert_close(run(Chain(layers, 3), x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_decoder_chain(seed, monkeypatch):
+def test_decoder_chain(seed, times, monkeypatch):
     rng, generator, x = example(seed)
-    set_tile_elements(monkeypatch, rng.choice((40, 200, 1000, 1 << 22)))
-    first, second, third = conv(generator, 3, 5), conv(generator, 5, 4), conv(generator, 4, 3)
+    set_tile_elements(monkeypatch, times * rng.choice((100, 400, 1000, 1 << 22)))
+    widths = (3, 5 * times, 4 * times, 3 * times)
+    first, second, third = (conv(generator, *pair) for pair in pairwise(widths))
     layers = [layer(UpsampleConv, first), layer(Conv, second), layer(UpsampleConv, third, False)]
     up = nn.Upsample(scale_factor=2)
     expected = third(up(second(first(up(x)).relu()).relu()))
@@ -79,17 +96,17 @@ def test_decoder_chain(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_join(seed, monkeypatch):
+def test_join(seed, times, monkeypatch):
     """The convolution of an upsampled map beside another."""
     rng, generator, coarse = example(seed)
-    set_tile_elements(monkeypatch, rng.choice((60, 500, 1 << 22)))
-    fine = torch.randn(len(coarse), 2, 2 * coarse.shape[2], 2 * coarse.shape[3], generator=generator)
-    both = conv(generator, 5, 4)
-    left, right = both.weight.split([3, 2], 1)
-    upsampling = UpsampleConv(left, torch.zeros(4))
+    set_tile_elements(monkeypatch, times * rng.choice((60, 500, 1 << 22)))
+    fine = torch.randn(len(coarse), 2 * times, 2 * coarse.shape[2], 2 * coarse.shape[3], generator=generator)
+    both = conv(generator, 3 + 2 * times, 4 * times)
+    left, right = both.weight.split([3, 2 * times], 1)
+    upsampling = UpsampleConv(left, torch.zeros(4 * times), relu=False)
     start = JoinConv(Conv(right, both.bias), lambda w: layer_window(upsampling, coarse, w, fine))
     expected = both(torch.cat([F.interpolate(coarse, scale_factor=2), fine], 1)).relu()
-    torch.testing.assert_close(run(Chain([start], 2), fine), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(Chain([start], 2 * times), fine), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])
@@ -99,7 +116,7 @@ def test_layer_window(seed):
     module = conv(generator, 3, 4)
     expected = module(whole)
     for window in (Window(0, 1, 0, 1), Window(1, 2, 3, 9), Window(2, 5, 1, 10), Window(7, 10, 0, whole.shape[3])):
-        actual = layer_window(layer(UpsampleConv, module), x, window, x)
+        actual = layer_window(layer(UpsampleConv, module, False), x, window, x)
         torch.testing.assert_close(actual, window.of(expected), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(upsampled(x, window), window.of(whole), rtol=0, atol=0)
 

@@ -1,0 +1,130 @@
+"""Convolution by minimal filtering (Winograd 1980; Lavin and Gray 2016), on processors: fewer multiplications.
+
+The 4 x 4 outputs of a tile come from 6 x 6 inputs. As polynomials these are evaluated at 6 x 6 points, where a
+convolution is one product, and the outputs are interpolated: 36 products instead of the 144 of a 3x3 kernel. Over all
+tiles and channels the products at one point are a matrix product; all of them run as one grouped 1x1 convolution.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OUTPUTS = 4  # of a tile, in each direction
+LEAST_TILES = 64  # computed at a time: with fewer, oneDNN would lay out the kernels otherwise, anew in every call
+TILE_CHANNELS = 1 << 13  # tiles times channels computed at a time by each thread, so that they stay in its cache
+# Where polynomials are evaluated, beside infinity, by number of taps: of small rounding errors in experiments.
+POINTS = {2: (0, 1, -1 / 2, -2), 3: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}
+
+
+def transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrices of one direction: to the points from inputs (n, n) and from taps (n, taps), to outputs (OUTPUTS, n).
+
+    output = to_output @ ((from_taps @ taps) * (from_input @ input)), the n - taps + 1 inner products of the taps with
+    the input (Cook and Toom's algorithm, transposed).
+    """
+    points = np.array(POINTS[taps])
+    n = len(points) + 1
+    differences = points[:, None] - points
+    np.fill_diagonal(differences, 1)
+    powers = points[:, None] ** np.arange(n)
+    at_infinity = np.zeros(n)
+    at_infinity[-1] = 1
+    others = [np.poly(np.delete(points, i))[::-1] for i in range(n - 1)]
+    from_input = np.vstack([*(np.append(x, 0) for x in others), np.poly(points)[::-1]])
+    from_taps = np.vstack([powers[:, :taps] / differences.prod(1, keepdims=True), at_infinity[-taps:]])
+    to_output = np.vstack([powers[:, :OUTPUTS], at_infinity[-OUTPUTS:]]).T
+    return from_input, from_taps, to_output
+
+
+def pays(weight: Tensor) -> bool:
+    """Whether `Winograd` is faster than torch's convolution by that kernel, as measured."""
+    outputs, inputs = weight.shape[:2]
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return fits and outputs % 16 == inputs % 16 == 0 and outputs * inputs >= 64 * 64
+
+
+class Winograd:
+    """Convolution with a square kernel of two or three taps each way, of stride 1, without padding.
+
+    Args:
+        weight: (C_out, C_in, taps, taps), float32, on the CPU; channels in sixteens.
+        bias: (C_out).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        taps, (self.channels, inputs) = weight.shape[-1], weight.shape[:2]
+        self.side = OUTPUTS + taps - 1
+        both = (torch.from_numpy(np.kron(x, x)).float() for x in transforms(taps))
+        self.from_input, from_taps, self.to_output = both
+        self.points = self.side**2
+        self.tiles = TILE_CHANNELS // max(inputs, self.channels)  # for each thread
+        # A bias at the points that becomes the bias of every output.
+        ones = torch.from_numpy(np.linalg.pinv(self.to_output.numpy()).sum(1, keepdims=True))
+        kernels = (from_taps @ weight.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)).view(-1, inputs, 1, 1)
+        shape = [1, self.points * inputs, LEAST_TILES, 1]
+        kernels = torch.ops.mkldnn._reorder_convolution_weight(kernels, *self.geometry, shape)
+        self.parameters = kernels, (ones * bias).flatten()
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Padding, stride, dilation and groups of the convolution at the points."""
+        return [0, 0], [1, 1], [1, 1], self.points
+
+    def __call__(self, x: Tensor, relu: bool, out: Tensor | None = None) -> Tensor:
+        """(B, C_in, h, w) to (B, C_out, h - taps + 1, w - taps + 1), through ReLU if asked for; fills out if given."""
+        height, width = (length - self.side + OUTPUTS for length in x.shape[2:])
+        if out is None:
+            out = x.new_empty(len(x), height, width, self.channels).permute(0, 3, 1, 2)
+        tiles = max(LEAST_TILES, self.tiles * torch.get_num_threads())
+        rows = OUTPUTS * ceil(tiles / ceil(width / OUTPUTS))
+        for source, target in zip(x, out, strict=True):
+            for top in range(0, height, rows):
+                bottom = min(height, top + rows)
+                self._fill(target[:, top:bottom], source[:, top : bottom + self.side - OUTPUTS], relu)
+        return out
+
+    def _fill(self, out: Tensor, x: Tensor, relu: bool) -> None:
+        """Some rows of tiles of one picture."""
+        rows, cols = (ceil(length / OUTPUTS) for length in out.shape[1:])
+        count = max(LEAST_TILES, rows * cols)
+        buffer = x.new_empty(count, self.points, len(x))
+        buffer[rows * cols :] = 0
+        tiles = buffer[: rows * cols].view(rows, cols, self.side, self.side, -1)
+        for place, piece in pieces(x, self.side):
+            tile, (height, width) = tiles[place], piece.shape[2:4]
+            if (height, width) != (self.side, self.side):
+                tile.zero_()
+            tile[:, :, :height, :width] = piece
+        values = torch.bmm(self.from_input.expand(count, -1, -1), buffer).view(1, count, 1, -1).permute(0, 3, 1, 2)
+        values = torch.ops.mkldnn._convolution_pointwise(values, *self.parameters, *self.geometry, "none", [], "")
+        values = values.permute(0, 2, 3, 1).reshape(count, self.points, -1)[: rows * cols]
+        result = torch.bmm(self.to_output.expand(rows * cols, -1, -1), values)
+        if relu:
+            result.relu_()
+        result = result.view(rows, cols, OUTPUTS, OUTPUTS, self.channels)
+        for place, piece in pieces(out, OUTPUTS):
+            piece.copy_(result[place][:, :, : piece.shape[2], : piece.shape[3]])
+
+
+def pieces(x: Tensor, side: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Windows of a map (C, h, w), OUTPUTS apart, as views (rows, cols, side, side, C), and their places among all.
+
+    Those at the lower or right edge may be smaller.
+    """
+    for (rows, top, height), (cols, left, width) in product(*(steps(length, side) for length in x.shape[1:])):
+        view = x[:, top:, left:].unfold(1, height, OUTPUTS).unfold(2, width, OUTPUTS)
+        yield (rows, cols), view.permute(1, 2, 3, 4, 0)[: rows.stop - rows.start, : cols.stop - cols.start]
+
+
+def steps(length: int, side: int) -> list[tuple[slice, int, int]]:
+    """Windows, where the first starts, and how long they are: the whole ones and, if there is one, the last and cut."""
+    whole = max(0, (length - side) // OUTPUTS + 1)
+    rest = length - whole * OUTPUTS
+    found = [(slice(0, whole), 0, side)] if whole else []
+    if rest > side - OUTPUTS:
+        found.append((slice(whole, whole + 1), whole * OUTPUTS, rest))
+    return found

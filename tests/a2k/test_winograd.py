@@ -1,0 +1,73 @@
+"""Winograd's convolution against torch's in float64."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from a2k import winograd
+from a2k.winograd import Winograd, pays
+
+SIZES = ((1, 1), (4, 4), (3, 41), (5, 9), (37, 50), (64, 6), (70, 67))
+
+
+def example(channels: int, outputs: int, taps: int, size: tuple[int, int], batch: int = 1):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, *(n + taps - 1 for n in size), generator=generator)
+    weight = torch.randn(outputs, channels, taps, taps, generator=generator) * (channels * taps**2) ** -0.5
+    return x.contiguous(memory_format=torch.channels_last), weight, torch.randn(outputs, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What nobody writes is NaN."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: new_empty(*args).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("taps", (2, 3))
+def test_equals_convolution(taps, size, monkeypatch):
+    """At whole and cut tiles, in one band of tiles and in several; rounding a few times that of float32."""
+    monkeypatch.setattr(winograd, "LEAST_TILES", random.choice((1, 64)))
+    monkeypatch.setattr(winograd, "TILE_CHANNELS", random.choice((32, 1000, 1 << 13)))
+    x, weight, bias = example(16, 32, taps, size, batch=2)
+    expected = F.conv2d(x.double(), weight.double(), bias.double())
+    convolve = Winograd(weight, bias)
+    for relu in (False, True):
+        out = convolve(x, relu)
+        assert out.shape == expected.shape
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out.double(), expected.relu() if relu else expected, rtol=0, atol=2e-5)
+
+
+def test_windows_of_maps():
+    """From a part of one map into a part of another."""
+    x, weight, bias = example(64, 64, 3, (23, 30))
+    whole = torch.full((1, 64, 40, 40), float("nan")).contiguous(memory_format=torch.channels_last)
+    out = Winograd(weight, bias)(x[:, :, 3:, 5:], False, whole[:, :, 7:27, 9:34])
+    torch.testing.assert_close(out, F.conv2d(x[:, :, 3:, 5:], weight, bias), rtol=0, atol=2e-5)
+    assert whole.isnan().sum() == 64 * (40 * 40 - 20 * 25)
+
+
+@pytest.mark.parametrize("channels", (64, 512))
+def test_rounding(channels):
+    """At most eight times that of a plain convolution, over all outputs."""
+    x, weight, bias = example(channels, 64, 3, (32, 32))
+    exact = F.conv2d(x.double(), weight.double(), bias.double())
+    error, plain = (
+        (y - exact).square().mean().sqrt() for y in (Winograd(weight, bias)(x, False), F.conv2d(x, weight, bias))
+    )
+    assert error < 8 * plain
+    assert error < 2e-6
+
+
+def test_where_it_pays():
+    assert pays(torch.empty(64, 64, 3, 3))
+    assert not pays(torch.empty(64, 64, 3, 3, dtype=torch.bfloat16))
+    assert not pays(torch.empty(64, 64, 3, 3, device="meta"))
+    assert not pays(torch.empty(3, 64, 3, 3))
+    assert not pays(torch.empty(100, 100, 3, 3))
