@@ -7,10 +7,11 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
+from a2k.cli_train import add_train, with_config_file
 from a2k.version import __version__
 
 USAGE_ERROR = 2
@@ -19,8 +20,8 @@ WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, or 2 with one line on stderr."""
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = build_parser().parse_args(with_config_file(sys.argv[1:] if argv is None else argv))
         return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print_error(error)
@@ -245,70 +246,6 @@ def picture_name(photo: str | Path, painting: str | Path) -> str:
     names = ["stdin" if source == "-" else Path(source).stem for source in (photo, painting)]
     suffix = "" if photo == "-" else Path(photo).suffix.lower()
     return result_stem(*names) + (suffix if suffix in WRITABLE else ".png")
-
-
-# ---- train
-
-
-def add_train(commands) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a network on two folders",
-        description="Train a StyA2K network on a folder of photos and a folder of paintings. The run's folder "
-        "gets weights.safetensors, state.pt (to resume), log.jsonl, loss.png and samples/.",
-    )
-    parser.add_argument("--content-dir", required=True, metavar="D", help="folder of photos")
-    parser.add_argument("--style-dir", required=True, metavar="D", help="folder of paintings")
-    parser.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file, see `a2k convert --vgg`")
-    parser.add_argument("-o", "--output", required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--config", choices=("lite", "vgg16", "vgg19"), default="lite", help="network (%(default)s)")
-    parser.add_argument("--crop", type=int, default=256, metavar="PX", help="side of the crops (%(default)s)")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        nargs=2,
-        default=(2.0, 2.0),
-        metavar=("MIN", "MAX"),
-        help="short side of the resized pictures as a multiple of the crop, drawn between the two (2 2)",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs a step (%(default)s)")
-    parser.add_argument("--steps", type=int, default=160_000, metavar="N", help="in all (%(default)s)")
-    parser.add_argument("--lr", type=float, help="learning rate (5e-4 for lite, else 2e-4)")
-    parser.add_argument("--global-weight", type=float, metavar="W", help="of the global style loss")
-    parser.add_argument("--local-weight", type=float, metavar="W", help="of the local feature loss")
-    parser.add_argument("--content-weight", type=float, metavar="W", help="of the content loss")
-    parser.add_argument("--identity-weight", type=float, metavar="W", help="of the identity loss")
-    parser.add_argument("--keys", choices=("cumulative", "own"), help="features that the local loss compares")
-    parser.add_argument("--autoencode-steps", type=int, metavar="N", help="first steps that only copy the photo")
-    parser.add_argument("--ema-decay", type=float, metavar="D", help="of the averaged weights; 0 saves the last ones")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    parser.add_argument("--checkpoint-steps", type=int, default=1000, metavar="N", help="(%(default)s)")
-    parser.add_argument("--checkpoint-minutes", type=float, default=10, metavar="M", help="(%(default)s)")
-    parser.add_argument("--holdout", type=int, default=40, metavar="N", help="last files kept back (%(default)s)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (%(default)s)")
-    parser.add_argument("--weights", metavar="W", help="start from these weights")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    parser.add_argument("--backend", choices=("triton", "torch", "reference"), help="of the attention (automatic)")
-    parser.set_defaults(run=run_train)
-
-
-def run_train(arguments: argparse.Namespace) -> None:
-    from a2k import train
-    from a2k.checkpoint import find_weights
-    from a2k.stylize import choose_device
-
-    options = vars(arguments).copy()
-    options.pop("run")
-    given = {field.name: options.pop(field.name, None) for field in fields(train.Recipe)}
-    changes = {name: value for name, value in given.items() if value is not None}
-    options["scale"] = tuple(options["scale"])
-    options["recipe"] = replace(train.RECIPES[arguments.config], **changes)
-    options["device"] = str(choose_device(arguments.device))
-    if arguments.weights:
-        options["weights"] = str(find_weights(arguments.weights))
-    train.main(train.TrainOptions(**options))
 
 
 # ---- evaluate

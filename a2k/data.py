@@ -1,11 +1,11 @@
 """Training data: random crops of random pairs of a photo and a painting."""
 
 import math
+import signal
 import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -95,15 +95,41 @@ def random_crop(image: Image.Image, crop: int, short_side: float, rng: np.random
 
 def split_files(folder: str | Path, holdout: int) -> tuple[list[Path], list[Path]]:
     """The images of a folder by name: (all but the last `holdout`, the last `holdout`). Raises ImageError."""
-    files = find_images([folder])
+    return hold_out(find_images([folder]), holdout)
+
+
+def hold_out(files: list[Path], holdout: int) -> tuple[list[Path], list[Path]]:
+    """(all but the last `holdout` files, the last `holdout`). Raises ImageError."""
     if holdout < 0:
         raise ImageError(f"holdout is {holdout}; it must be at least 0")
     if len(files) <= holdout:
+        folder = files[0].parent
         raise ImageError(f"{folder} has {len(files)} images, of which holdout={holdout} leaves none; lower it")
     return files[: len(files) - holdout], files[len(files) - holdout :]
 
 
-def make_loader(dataset: Dataset, batch_size: int, workers: int, first_item: int = 0) -> DataLoader:
-    """Batches in the dataset's order, from first_item on."""
-    items = torch.utils.data.Subset(dataset, range(first_item, len(dataset)))
-    return DataLoader(items, batch_size, num_workers=workers, drop_last=True, persistent_workers=False)
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    first_batch: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches in the dataset's order, from first_batch on; each of the ranks gets every ranks-th one."""
+    whole = len(dataset) // (batch_size * ranks)
+    starts = ((number * ranks + rank) * batch_size for number in range(first_batch, whole))
+    return DataLoader(
+        dataset,
+        batch_sampler=[range(start, start + batch_size) for start in starts],
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin_memory,
+    )
+
+
+def ignore_signals(_worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole group of processes, but it is the training that ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

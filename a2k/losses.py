@@ -55,6 +55,11 @@ def local_feature_loss(
     normalised; "own": those of that scale only. The value is the style feature.
     """
     targets = local_targets(content_features, style_features, num_heads=num_heads, keys=keys, backend=backend)
+    return local_loss(output_features, targets)
+
+
+def local_loss(output_features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """`local_feature_loss` with the results of `local_targets`."""
     pairs = zip(output_features[1:5], targets, strict=True)
     return sum(F.mse_loss(at_least_float32(output), target) for output, target in pairs)
 

@@ -56,13 +56,21 @@ def test_all_files_are_drawn(files):
 @pytest.mark.parametrize("workers", (0, 1))
 def test_loader_goes_on_where_it_is_told(files, workers):
     data = dataset(files)
-    batches = list(make_loader(data, 2, workers, first_item=4))
+    batches = list(make_loader(data, 2, workers, first_batch=2))
     assert len(batches) == 4
     for i, batch in enumerate(batches):
         for k, images in enumerate(batch):
             expected = torch.stack([data[item][k] for item in (4 + 2 * i, 5 + 2 * i)])
             torch.testing.assert_close(images, expected, rtol=0, atol=0)
-    assert list(make_loader(data, 2, 0, first_item=12)) == []
+    assert list(make_loader(data, 2, 0, first_batch=6)) == []
+
+
+def test_ranks_share_the_items(files):
+    data = dataset(files, length=13)
+    ranks = [list(make_loader(data, 2, 0, first_batch=1, rank=rank, ranks=3)) for rank in range(3)]
+    assert [len(batches) for batches in ranks] == [1, 1, 1]  # items 6 to 11; the last one makes no step of all ranks
+    together = torch.cat([batch[0][0] for batch in ranks])
+    torch.testing.assert_close(together, torch.stack([data[i][0] for i in range(6, 12)]), rtol=0, atol=0)
 
 
 # --- crops

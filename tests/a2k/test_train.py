@@ -10,25 +10,20 @@ from PIL import Image
 from tiny import TINY, files, pictures, refusal, tiny_model
 
 import a2k.train
+import a2k.train_losses
 from a2k.checkpoint import WeightsError, load_encoder, load_model, save_model
 from a2k.cli import main
 from a2k.images import ImageError
 from a2k.model import CONFIGS
-from a2k.train import (
-    RECIPES,
-    Recipe,
-    Trainer,
-    TrainingError,
-    TrainOptions,
-    learning_rate_factor,
-    plot_losses,
-    smooth,
-    trim_log,
-)
+from a2k.schedules import SCHEDULES
+from a2k.train import Trainer
+from a2k.train_log import plot_losses, smooth, trim_log
+from a2k.train_options import RECIPES, Recipe, TrainingError, TrainOptions
 
 KEYS = {"step", "global", "local", "lr", "seconds"}
 RECIPE = replace(RECIPES["lite"], autoencode_steps=1)
-STATE = {"step": 3, "style_start": 1, "optimizer": {}, "model": {}, "average": {}}
+STATE = {"step": 3, "style_start": 1, "best": 0.0, "random": {}, "optimizer": {}, "model": {}, "average": {}}
+LAST_STATE = "states/step_00000003.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +73,18 @@ def tensors_of(run: Path | str) -> dict[str, torch.Tensor]:
     return load_model(Path(run) / "weights.safetensors").state_dict()
 
 
-def stop_after(trainer: Trainer, steps: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-    """Have the training interrupted before the step after that one."""
+def read_states(trainer: Trainer) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in trainer.states.all()}
+
+
+def stop_after(trainer: Trainer, steps: int, error: type[BaseException] | None = None) -> None:
+    """Have the training asked to stop in that step, or fail in the one after it."""
     train_step = trainer.train_step
 
     def step(*batch):
-        if trainer.step == steps:
+        if trainer.step == steps and error:
             raise error("stopped by the test")
+        trainer.stop_requested = trainer.step == steps - 1 and not error
         return train_step(*batch)
 
     trainer.train_step = step
@@ -102,12 +102,17 @@ def test_command(capsys, tmp_path, command, monkeypatch):
     assert captured.out == f"{run / 'weights.safetensors'}  step 3\n"
     assert "warning" not in captured.err.lower()
     samples = ["samples/step_000002.png", "samples/step_000003.png"]
-    assert files(run) == sorted(["log.jsonl", "loss.png", "options.json", "state.pt", "weights.safetensors", *samples])
+    states = ["states/step_00000002.pt", LAST_STATE]
+    lists = ["content_files.json", "style_files.json"]
+    boards = [name for name in files(run) if name.startswith("tensorboard/events.out.tfevents.")]
+    names = ["log.jsonl", "loss.png", "options.json", "weights.safetensors", *lists, *boards, *samples, *states]
+    assert files(run) == sorted(names)
+    assert len(boards) == 1
     assert load_model(run / "weights.safetensors").config == TINY
     Image.open(run / "loss.png").verify()
     grid = Image.open(run / samples[0])
     assert grid.width == grid.height == 3 * 192 + 4 * 6  # two held-out photos and paintings and a margin
-    assert json.loads((run / "options.json").read_text())["recipe"]["autoencode_steps"] == 1
+    assert json.loads((run / "options.json").read_text())["autoencode_steps"] == 1
 
     log = log_of(run)
     assert [entry["step"] for entry in log] == [1, 2, 3]
@@ -180,7 +185,7 @@ def test_content_loss_only_where_it_counts(options, recipe, names):
 
 
 def test_no_local_loss_where_it_does_not_count(options, monkeypatch):
-    monkeypatch.setattr(a2k.train, "local_feature_loss", None)
+    monkeypatch.setattr(a2k.train_losses, "local_targets", None)
     Trainer(replace(options, recipe=replace(RECIPE, local_weight=0.0), steps=2)).run()
     assert log_of(options.output)[1]["local"] is None
 
@@ -299,11 +304,11 @@ def test_resume_of_a_finished_run(capsys, command, tmp_path):
 
 
 def test_a_run_is_not_overwritten(capsys, command, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "state.pt").write_bytes(b"earlier")
+    (tmp_path / "run" / "states").mkdir(parents=True)
+    (tmp_path / "run" / LAST_STATE).write_bytes(b"earlier")
     message = refusal(capsys, *command)
     assert f"{tmp_path / 'run'} holds a run already; go on with --resume or give another -o" in message
-    assert files(tmp_path / "run") == ["state.pt"]
+    assert files(tmp_path / "run") == [LAST_STATE]
 
 
 def test_no_run_to_resume(capsys, command, tmp_path):
@@ -314,36 +319,39 @@ def test_no_run_to_resume(capsys, command, tmp_path):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (b"", "state.pt is not a whole weights file (EOFError)"),
-        (b"a text of some length", "state.pt is not a whole weights file"),
-        ({"step": 3}, "state.pt is not the state of a training"),
-        ([1], "state.pt holds a list"),
-        (STATE, "state.pt does not fit a StyA2K: it lacks"),
-        *(({k: x for k, x in STATE.items() if k != key}, "state.pt is not the state of a training") for key in STATE),
+        (b"", "step_00000003.pt is not a whole weights file (EOFError)"),
+        (b"a text of some length", "step_00000003.pt is not a whole weights file"),
+        ({"step": 3}, "step_00000003.pt is not the state of a training"),
+        ([1], "step_00000003.pt holds a list"),
+        (STATE, "step_00000003.pt does not fit a StyA2K: it lacks"),
+        *(
+            ({k: x for k, x in STATE.items() if k != key}, "step_00000003.pt is not the state of a training")
+            for key in STATE
+        ),
     ],
     ids=str,
 )
 def test_bad_state(capsys, command, tmp_path, state, message):
-    path = tmp_path / "run" / "state.pt"
-    path.parent.mkdir()
+    path = tmp_path / "run" / LAST_STATE
+    path.parent.mkdir(parents=True)
     path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
     assert message in refusal(capsys, *command, "--resume")
-    assert files(tmp_path / "run") == ["state.pt"]
+    assert files(tmp_path / "run") == [LAST_STATE]
 
 
 def test_a_checkpoint_is_whole_or_the_earlier_one(options, monkeypatch):
     trainer = Trainer(options)
     trainer.run()
-    before = (trainer.state_file.read_bytes(), tensors_of(options.output))
+    before = (read_states(trainer), tensors_of(options.output))
 
     def fail(state, path):
-        Path(path).write_bytes(b"half")
+        path.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match=r"cannot write .*state\.pt: No space left on device"):
+    with pytest.raises(OSError, match=r"cannot write .*step_00000004\.pt: No space left on device"):
         trainer.save()
-    assert trainer.state_file.read_bytes() == before[0]
+    assert read_states(trainer) == before[0]
     torch.testing.assert_close(tensors_of(options.output), before[1], rtol=0, atol=0)
     assert not [name for name in files(Path(options.output)) if name.startswith(".")]
 
@@ -353,7 +361,7 @@ def test_a_checkpoint_is_whole_or_the_earlier_one(options, monkeypatch):
 
 def test_vgg_trains_all_but_its_encoder(options, tiny_vgg):
     trainer = Trainer(replace(options, config="vgg16", recipe=RECIPES["vgg16"], steps=2))
-    assert trainer.shares_encoder
+    assert trainer.losses.shares_encoder
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     trainer.run()
     after = tensors_of(options.output)
@@ -374,7 +382,7 @@ def test_network_of_another_encoder_than_the_perceptual_one(options):
     save_model(tiny_model(CONFIGS["vgg16"]), Path(options.output + ".safetensors"))
     options = replace(options, config="vgg16", weights=options.output + ".safetensors", recipe=RECIPES["vgg16"])
     trainer = Trainer(options)
-    assert not trainer.shares_encoder
+    assert not trainer.losses.shares_encoder
     calls = []
     trainer.model.encoder.register_forward_hook(lambda *_: calls.append(1))
     assert trainer.train_step(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))["global"] > 0
@@ -439,7 +447,7 @@ def test_nothing_but_broken_pictures(capsys, command, tmp_path):
     for path in (tmp_path / "content").iterdir():
         path.write_bytes(b"broken")
     with pytest.warns(UserWarning, match="skipped"):
-        assert "100 pictures in a row could not be read" in refusal(capsys, *command)
+        assert "none of 2 pictures in" in refusal(capsys, *command)
     assert not (tmp_path / "run").exists()
 
 
@@ -523,14 +531,42 @@ def test_errors_are_of_three_kinds(options):
 # --- small parts
 
 
-def test_learning_rate():
-    factors = [learning_rate_factor(step, step, 1000) for step in range(1000)]
+def test_linear_schedule():
+    factors = [SCHEDULES["linear"](step, step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 200)
     assert factors[199] == factors[500] == factors[600] == 1
     assert factors[800] == pytest.approx(0.5)
     assert 0 < factors[-1] < 0.01
-    assert learning_rate_factor(0, 500, 1000) == pytest.approx(1 / 200)  # a phase warms up anew
-    assert all(0 < learning_rate_factor(step, step, 1) <= 1 for step in (0,))
+    assert SCHEDULES["linear"](0, 500, 1000) == pytest.approx(1 / 200)  # a phase warms up anew
+    assert 0 < SCHEDULES["linear"](0, 0, 1) <= 1
+
+
+def test_constant_schedule():
+    assert [SCHEDULES["constant"](step, step, 1000) for step in (0, 99, 199, 999)] == [1 / 200, 0.5, 1, 1]
+
+
+def test_cosine_schedule():
+    factors = [SCHEDULES["cosine"](step, step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 200)
+    assert (factors[250], factors[500], factors[750]) == pytest.approx((0.853553, 0.5, 0.146447), abs=1e-6)
+    assert 0 < factors[-1] < 1e-5
+    assert SCHEDULES["cosine"](0, 500, 1000) == pytest.approx(1 / 400)
+
+
+@pytest.mark.parametrize("steps", (5, 1000))
+def test_published_schedule(steps):
+    factors = [SCHEDULES["published"](step, step, steps) for step in range(steps)]
+    expected = [factor for factor in (1, 1, 0.3, 0.09, 0.027) for _ in range(steps // 5)]
+    assert factors == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_sets_the_learning_rate(options, schedule):
+    trainer = Trainer(replace(options, recipe=replace(RECIPE, schedule=schedule)))
+    trainer.run()
+    factors = [SCHEDULES[schedule](phase, step, 4) for phase, step in ((0, 0), (0, 1), (1, 2), (2, 3))]
+    assert [entry["lr"] for entry in log_of(options.output)] == pytest.approx([RECIPE.lr * x for x in factors])
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(RECIPE.lr * factors[-1])
 
 
 def test_smooth():
@@ -542,10 +578,10 @@ def test_trim_log(tmp_path):
     log = tmp_path / "log.jsonl"
     trim_log(log, 3)
     assert not log.exists()
-    entries = [f'{{"step": {step}, "lr": {lr}}}\n' for step, lr in ((1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (4, 1))]
+    entries = [f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)]
     log.write_text("".join(entries) + '{"st')
     trim_log(log, 3)
-    assert log.read_text() == "".join(entries[i] for i in (0, 3, 4))
+    assert log.read_text() == "".join(entries[:3])
 
 
 def test_plot_of_nothing(tmp_path):
