@@ -153,7 +153,7 @@ def test_two_processes(options, tmp_path, monkeypatch):
     monkeypatch.setattr(a2k.checkpoint, "VGG_CHANNELS", TINY.channels)
     monkeypatch.setattr(a2k.train, "plot_losses", lambda log, target: None)
     recipe = replace(options.recipe, lr=1e-7, clip=1e9, content_weight=1.0)  # all steps at nearly the same weights
-    options = replace(options, recipe=recipe, steps=4, accumulate=2, checkpoint_steps=100, validate_steps=100)
+    options = replace(options, recipe=recipe, steps=4, accumulate=2, checkpoint_steps=99, validate_steps=99, crop=48)
     torch.save(options, tmp_path / "options.pt")
     torchrun(HERE / "train_in_two.py", tmp_path / "options.pt", tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
@@ -169,7 +169,7 @@ def test_two_processes(options, tmp_path, monkeypatch):
         for name, expected in step["grads"].items():
             for part in parts:
                 actual = part["grads"][name]
-                assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max(), (number, name)
+                assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-12, (number, name)
     assert len(single) == 4
 
     whole, split, *doubles = (log_of(options.output + suffix) for suffix in ("", "_split", "_double", "_single"))
@@ -183,8 +183,9 @@ def test_two_processes(options, tmp_path, monkeypatch):
 
 def test_interpreted_kernels_follow_the_reference(options, tmp_path):
     pytest.importorskip("triton")
-    recipe = replace(options.recipe, content_weight=1.0)
-    torch.save(replace(options, recipe=recipe, steps=4, checkpoint_steps=100, crop=48), tmp_path / "options.pt")
+    recipe = replace(options.recipe, content_weight=1.0, autoencode_steps=0)
+    options = replace(options, recipe=recipe, steps=3, checkpoint_steps=99, validate_steps=99)
+    torch.save(options, tmp_path / "options.pt")
     process = subprocess.run(
         [sys.executable, str(HERE / "train_interpreted.py"), str(tmp_path / "options.pt")],
         env={**ENVIRONMENT, "TRITON_INTERPRET": "1"},
@@ -195,7 +196,6 @@ def test_interpreted_kernels_follow_the_reference(options, tmp_path):
     assert process.returncode == 0, process.stderr
     logs = json.loads(process.stdout)
     for entry, expected in zip(logs["triton"], logs["reference"], strict=True):
-        for name in ("pixel", "global", "local", "content", "identity"):
-            if expected.get(name) is not None:
-                assert entry[name] == pytest.approx(expected[name], rel=1e-4), (entry["step"], name)
-    assert [entry["local"] is None for entry in logs["triton"]] == [True, False, False, False]
+        for name in ("global", "local", "content", "identity"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-4), (entry["step"], name)
+    assert len(logs["triton"]) == 3
