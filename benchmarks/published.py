@@ -92,3 +92,46 @@ def stya2k(model: StyA2K, content: Tensor, style: Tensor) -> Tensor:
     maps = [encode(model, image)[2:] for image in (content, style)]
     layers = (model.a2k3, model.a2k4, model.a2k5)
     return decode(model, *(a2k_layer(layer, c, s) for layer, c, s in zip(layers, *maps, strict=True)))
+
+
+# ---- training losses
+
+
+def global_loss(output: list[Tensor], style: list[Tensor]) -> Tensor:
+    """MSE of channel means and of channel standard deviations, relu1_1 .. relu4_1."""
+    loss = 0.0
+    for x, y in zip(output[:4], style[:4], strict=True):
+        (mean, std), (style_mean, style_std) = (
+            (z.flatten(2).mean(2), (z.flatten(2).var(2) + 1e-5).sqrt()) for z in (x, y)
+        )
+        loss = loss + F.mse_loss(mean, style_mean) + F.mse_loss(std, style_std)
+    return loss
+
+
+def keys_up_to(features: list[Tensor], layer: int) -> Tensor:
+    """All maps up to that layer, resized to it, normalised and joined."""
+    size = features[layer].shape[-2:]
+    return torch.cat([norm(F.interpolate(x, size)) for x in features[: layer + 1]], 1)
+
+
+def local_loss(output: list[Tensor], content: list[Tensor], style: list[Tensor]) -> Tensor:
+    """MSE between output and content + DA + PA without parameters, relu2_1 .. relu5_1."""
+    loss = 0.0
+    for layer, block_size in zip(range(1, 5), (16, 8, 8, 4), strict=True):
+        query, key = keys_up_to(content, layer), keys_up_to(style, layer)
+        distributed = distributed_attention(query, key, style[layer], 1.0, 0.0, block_size, 8)
+        progressive = progressive_attention(query, key, style[layer], block_size, 8)
+        loss = loss + F.mse_loss(output[layer], content[layer] + distributed + progressive)
+    return loss
+
+
+def training_losses(model: StyA2K, content: Tensor, style: Tensor) -> dict[str, Tensor]:
+    """The two losses of a training step, at weight 1. content, style: RGB, (B, 3, H, W)."""
+    content_features, style_features = encode(model, content), encode(model, style)
+    layers = (model.a2k3, model.a2k4, model.a2k5)
+    maps = zip(layers, content_features[2:], style_features[2:], strict=True)
+    output = encode(model, decode(model, *(a2k_layer(layer, c, s) for layer, c, s in maps)))
+    return {
+        "global": global_loss(output, style_features),
+        "local": local_loss(output, content_features, style_features),
+    }
