@@ -34,10 +34,15 @@ def block_aggregate_fwd_kernel(
     head, block, num_blocks = program % NUM_HEADS, program // NUM_HEADS, tl.num_programs(0) // NUM_HEADS
     row, col, exists = block_points(block, 0, height, width, BLOCK_SIZE, BLOCK_R)
     points = tl.sum(exists.to(tl.float32), axis=0)
+    # All loads under way at once: the first chunk of the value before the products, and a barrier behind which ptxas
+    # does not move them to save registers.
+    v = load_tile(value_ptr, value_strides, batch, head, 0, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE)
+    alpha, beta = tl.load(alpha_ptr).to(tl.float32), tl.load(beta_ptr).to(tl.float32)
+    tl.debug_barrier()
     products = mean_and_products(
         key_ptr, key_strides, batch, head, row, col, exists, points, DIM, BLOCK_R, BLOCK_D, LARGE
     )
-    logits = tl.load(beta_ptr).to(tl.float32) + tl.load(alpha_ptr).to(tl.float32) * products
+    logits = beta + alpha * products
     weights = (tl.sigmoid(logits) + 1.0 / points) / (points + 1.0)  # the mean's share included; missing points are 0
 
     aggregate = (batch * NUM_HEADS + head).to(tl.int64) * num_blocks + block
@@ -45,10 +50,11 @@ def block_aggregate_fwd_kernel(
         k = load_tile(key_ptr, key_strides, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE).to(tl.float32)
         store_row(key_out_ptr, aggregate, chunk, tl.sum(weights[:, None] * k, axis=0), DIM, BLOCK_D)
     for chunk in range(0, tl.cdiv(VALUE_DIM, BLOCK_DV)):
+        value_agg = tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
+        store_row(value_out_ptr, aggregate, chunk, value_agg, VALUE_DIM, BLOCK_DV)
         v = load_tile(
-            value_ptr, value_strides, batch, head, chunk, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE
-        ).to(tl.float32)  # fmt: skip
-        store_row(value_out_ptr, aggregate, chunk, tl.sum(weights[:, None] * v, axis=0), VALUE_DIM, BLOCK_DV)
+            value_ptr, value_strides, batch, head, chunk + 1, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE
+        )  # [BLOCK_R, BLOCK_DV]
 
 
 @triton.jit

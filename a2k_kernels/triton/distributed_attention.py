@@ -11,7 +11,16 @@ from a2k_kernels.triton.configs import (
     distributed_splits,
     distributed_tiles,
 )
-from a2k_kernels.triton.tiles import LOG2E, dot, is_large, load_tile, on_device, store_tile, without_spills
+from a2k_kernels.triton.tiles import (
+    LOG2E,
+    architecture,
+    dot,
+    is_large,
+    load_tile,
+    on_device,
+    store_tile,
+    without_spills,
+)
 
 
 @triton.jit
@@ -52,19 +61,21 @@ def attend_to_tile(
 @triton.jit
 def distributed_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, query_strides, out_strides, height, width, num_keys, scale,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, NUM_HEADS: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
+    NEGATIVE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, NUM_HEADS: tl.constexpr,
+    PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """out_x = sum_z softmax_z(scale <q_x, k_z>) v_z; lse_x = log2 sum_z 2^(scale <q_x, k_z> log2 e).
 
-    One program: BLOCK_M query points of one head.
+    One program: BLOCK_M query points of one head. NEGATIVE: scale < 0.
     """
     program, batch = tl.program_id(0), tl.program_id(1)
     head, point = program % NUM_HEADS, program // NUM_HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
     map_number = batch * NUM_HEADS + head
     row, col, exists = point // width, point % width, point < height * width
     q = load_tile(query_ptr, query_strides, batch, head, 0, row, col, exists, DIM, BLOCK_D, LARGE)
-    q = tl.where(scale < 0, -q.to(tl.float32), q).to(q.dtype)  # so that the largest score has the largest weight
+    if NEGATIVE:  # so that the largest score has the largest weight
+        q = (-q.to(tl.float32)).to(q.dtype)
     factor = tl.abs(scale) * LOG2E
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -170,14 +181,16 @@ def attend_fwd(
     """Fill out: (B, C_v, H, W) from aggregated keys and values (B, heads, n, d), contiguous. Returns lse."""
     B, C, H, W = query.shape
     dim, value_dim, num_keys = C // num_heads, values.shape[-1], keys.shape[2]
-    tiles = without_spills(distributed_tiles(num_keys, dim, value_dim, query.element_size()), query)
+    tiles = without_spills(
+        distributed_tiles(num_keys, dim, value_dim, query.element_size(), architecture(query)), query
+    )
     lse = torch.empty((B, num_heads, H * W), dtype=torch.float32, device=query.device)
     if B == 0:
         return lse
     with on_device(query):
         distributed_fwd_kernel[(-(-(H * W) // tiles["BLOCK_M"]) * num_heads, B)](
             query, keys, values, out, lse, query.stride(), out.stride(), H, W, num_keys, scale,
-            dim, value_dim, num_heads, precision, is_large(query, out), **tiles,
+            scale < 0, dim, value_dim, num_heads, precision, is_large(query, out), **tiles,
         )  # fmt: skip
     return lse
 
