@@ -176,6 +176,7 @@ def kernel_table(compiled: list[Kernel], cell) -> str:
 
 
 def assumptions() -> str:
+    cache_rates = ", ".join(f"{x.cache_rate / 1e12:.3g} TB/s on {x.name}" for x in model.GPUS)
     gpus = (
         f"{x.name}: {x.processors} processors, {x.clock / 1e9:.3g} GHz, {x.memory / 1e12:.4g} TB/s" for x in model.GPUS
     )
@@ -190,8 +191,11 @@ operators of PyTorch, which are charged for the bytes of their operands and resu
   over the same bytes side by side (the aggregated keys of distributed_attention, the queries of its backward, the
   keys of block_match); of query tiles of block_match while those of all running programs fit
   {model.CACHE_SHARE:.0%} of the cache; of what a program itself has just read.
-- **cache**: all bytes asked for, at {model.CACHE_BYTES:,.0f} bytes a cycle: 60% of the 5,120 of NVIDIA's A100 white
-  paper, which is an assumption, for H100 too.
+- **cache**: all bytes asked for, at what others measured of the second-level cache: {cache_rates}
+  ([gpu-benches](https://github.com/te42kyfo/gpu-benches), `gpu-l2-cache`: 5.4 TB/s on an A100 SXM; 6.9 on an H100 PCIe,
+  here scaled from its 114 processors to 132). It is a cautious figure for H100: the same benchmark reads 9.7 TB/s on
+  an H200, which has the same processors, and a matrix product without multicast was measured at 777 Tflop/s on an
+  H100 SXM ([fast.cu](https://github.com/pranjalssh/fast.cu), kernel 6), for which its tiles of 192 x 192 load 8.1 TB/s.
 - **issue**: the instructions of the machine code, each loop's times its iterations, predicated ones included, one per
   scheduler and cycle; both sides of a branch count. **fma**, **integer**, **special** (exponentials, conversions):
   those of a unit, at its width by the CUDA programming guide. **shared**: bytes through shared memory, at
