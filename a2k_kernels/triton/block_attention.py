@@ -110,42 +110,44 @@ def block_attention_bwd_kernel(
     height, width, key_height, key_width, num_blocks, num_lists, num_slots, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr,
     SEGMENT: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO, dP = dO V^T, dS = scale P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
 
-    One program: one key block of one head and at most SEGMENT of its query blocks; a block fits in one tile. The
-    list after the last key block holds the query blocks whose index is out of range: they get zero gradient.
+    One program: one key block of one head, which fits in one tile, and at most SEGMENT of its query blocks, BLOCK_M
+    points at a time. The list after the last key block holds the query blocks whose index is out of range: they get
+    zero gradient.
     """
+    TILES: tl.constexpr = (BLOCK_SIZE * BLOCK_SIZE + BLOCK_M - 1) // BLOCK_M
     program, map_number = tl.program_id(0), tl.program_id(1)
     batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
     owner = tl.load(owner_ptr + map_number * tl.num_programs(0) + program)
     if owner >= num_lists:
         return
     key_row, key_col, key_exists, stored = key_block_points(
-        owner, num_lists - 1, key_height, key_width, BLOCK_SIZE, BLOCK_R
+        owner, num_lists - 1, key_height, key_width, BLOCK_SIZE, BLOCK_N
     )
     k = load_tile(key_ptr, key_strides, batch, head, 0, key_row, key_col, stored, DIM, BLOCK_D, LARGE)
     v = load_tile(value_ptr, value_strides, batch, head, 0, key_row, key_col, stored, VALUE_DIM, BLOCK_DV, LARGE)
     first, end, slot = read_segment(
         list_start_ptr, segment_start_ptr, slot_start_ptr, owner, program, map_number, num_lists, SEGMENT
     )
-    grad_k = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-    zeros = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-    for item in range(first, end):
-        block = tl.load(order_ptr + map_number.to(tl.int64) * num_blocks + item)
-        row, col, exists = block_points(block, 0, height, width, BLOCK_SIZE, BLOCK_R)
+    for item in range(first * TILES, end * TILES):
+        block = tl.load(order_ptr + map_number.to(tl.int64) * num_blocks + item // TILES)
+        row, col, exists = block_points(block, item % TILES * BLOCK_M, height, width, BLOCK_SIZE, BLOCK_M)
         q = load_tile(query_ptr, query_strides, batch, head, 0, row, col, exists, DIM, BLOCK_D, LARGE)
         grad_out = load_tile(
             grad_out_ptr, grad_out_strides, batch, head, 0, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE
-        )  # [BLOCK_R, BLOCK_DV]
+        )  # [BLOCK_M, BLOCK_DV]
         weights = attention_weights(dot(q, tl.trans(k), zeros, PRECISION), key_exists, scale)
         grad_weights = dot(grad_out, tl.trans(v), zeros, PRECISION)
-        grad_scores = softmax_gradient(weights, grad_weights, scale).to(k.dtype)  # [BLOCK_R, BLOCK_R]
+        grad_scores = softmax_gradient(weights, grad_weights, scale).to(k.dtype)  # [BLOCK_M, BLOCK_N]
         if grad_query_ptr is not None:
-            grad_q = dot(grad_scores, k, tl.zeros([BLOCK_R, BLOCK_D], tl.float32), PRECISION)
+            grad_q = dot(grad_scores, k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), PRECISION)
             store_tile(
                 grad_query_ptr, grad_query_strides, grad_q, batch, head, 0, row, col, exists, DIM, BLOCK_D, LARGE
             )
@@ -156,7 +158,7 @@ def block_attention_bwd_kernel(
 
     if grad_key_ptr is not None:
         if slot >= 0:  # add_segments_kernel adds them up
-            tl.store(slot_pointers(key_workspace_ptr, map_number, num_slots, slot, 0, BLOCK_R, DIM, BLOCK_D), grad_k)
+            tl.store(slot_pointers(key_workspace_ptr, map_number, num_slots, slot, 0, BLOCK_N, DIM, BLOCK_D), grad_k)
         else:
             store_tile(
                 grad_key_ptr, grad_key_strides, grad_k, batch, head, 0, key_row, key_col, stored, DIM, BLOCK_D, LARGE
@@ -164,7 +166,7 @@ def block_attention_bwd_kernel(
     if grad_value_ptr is not None:
         if slot >= 0:
             tl.store(
-                slot_pointers(value_workspace_ptr, map_number, num_slots, slot, 0, BLOCK_R, VALUE_DIM, BLOCK_DV), grad_v
+                slot_pointers(value_workspace_ptr, map_number, num_slots, slot, 0, BLOCK_N, VALUE_DIM, BLOCK_DV), grad_v
             )
         else:
             store_tile(
@@ -404,13 +406,11 @@ def block_attention_bwd(
     )
     strides = [x.stride() for x in inputs]
     with on_device(query):
-        if fits_one_tile(block_size, dim, value_dim, query.element_size()):
-            options = {name: x for name, x in tiles.items() if name not in ("BLOCK_M", "BLOCK_N")}
+        if fits_one_tile(block_size, dim, value_dim):
             block_attention_bwd_kernel[(lists.num_programs, maps)](
                 *inputs, grad_query, grad_key, grad_value, key_workspace, value_workspace, *lists.tensors,
                 *strides, *(None if grad is None else grad.stride() for grad in (grad_query, grad_key, grad_value)),
-                *size, lists.num_lists, lists.num_slots, scale, *shape, SEGMENT, precision, large,
-                BLOCK_R=tiles["BLOCK_N"], **options,
+                *size, lists.num_lists, lists.num_slots, scale, *shape, SEGMENT, precision, large, **tiles,
             )  # fmt: skip
         else:
             if grad_query is not None:

@@ -23,7 +23,7 @@ def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int
         "BLOCK_N": block_n,
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
-        "num_warps": min(4, block_n // 16) if element_size == 2 else 16 if block_n in (32, 64) else 8,
+        "num_warps": min(4, block_n // 16) if element_size == 2 else {16: 4, 32: 16, 64: 16}.get(block_n, 8),
         "num_stages": 2 if element_size == 2 else 1,
     }
 
@@ -32,8 +32,11 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
     """block_attention backward: as forward, but all channels where a block fits one tile, without a pipeline over the
     query blocks, of which most key blocks have few; and else fewer query points where registers are short."""
     tiles = attention_tiles(block_size, dim, value_dim, element_size)
-    if fits_one_tile(block_size, dim, value_dim, element_size):
+    if fits_one_tile(block_size, dim, value_dim):
         tiles |= {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
+        if element_size == 4:
+            is_small = tiles["BLOCK_N"] * max(tiles["BLOCK_D"], tiles["BLOCK_DV"]) <= 2048
+            return tiles | {"BLOCK_M": 16, "num_warps": 4 if is_small else 8, "num_stages": 1}
         spills = arch == "sm_80" and max(dim, value_dim) <= 32  # ptxas, to fit a third program on a processor
         return tiles | {"num_stages": 2 if spills else 1}
     if tiles["BLOCK_N"] > 64 or element_size == 4:
@@ -41,9 +44,9 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
     return tiles
 
 
-def fits_one_tile(block_size: int, dim: int, value_dim: int, element_size: int) -> bool:
+def fits_one_tile(block_size: int, dim: int, value_dim: int) -> bool:
     """Whether the single-pass backward of block_attention holds a block's keys and values in registers."""
-    return block_size**2 <= (16 if element_size == 4 else 64) and max(dim, value_dim) <= 64
+    return block_size**2 <= 64 and max(dim, value_dim) <= 64
 
 
 def match_tiles(n_query: int, n_key: int, depth: int, maps: int, element_size: int, arch: str) -> dict[str, int]:
@@ -91,7 +94,8 @@ def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int, a
 def distributed_query_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """distributed_attention, gradient of the query.
 
-    float32 products without tensor cores hold their operands in registers: small tiles, many warps, no pipeline.
+    float32 products without tensor cores hold their operands in registers: small tiles, no pipeline, and as many warps
+    as still move 16 bytes a thread.
     """
     block_d, block_dv = tile_side(dim), tile_side(value_dim)
     block_n = (64 if element_size == 2 else 32) // (1 if max(block_d, block_dv) <= 128 else 2)
@@ -100,7 +104,7 @@ def distributed_query_tiles(n_key: int, dim: int, value_dim: int, element_size: 
         "BLOCK_N": min(block_n, tile_side(n_key)),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": 4 if element_size == 2 else 8,
+        "num_warps": 4 if element_size == 2 else min(8, min(block_d, block_dv) // 8),
         "num_stages": 2 if element_size == 2 else 1,
     }
 

@@ -222,11 +222,12 @@ def attention_backward(grid: tuple[int, ...], a: dict) -> Work:
     points = a["height"] * a["width"] * maps
     segments = find_segments(a, with_last_list=True)
     items, active = segments.items.sum().item(), len(segments.items)
+    tiles = cover(a["BLOCK_SIZE"] ** 2, a["BLOCK_M"])
     key_points = segments.points.sum().item()
     accesses = [
         load("owner", grid[0] * maps * INT32, is_tile=False),
         load("lists", active * LIST_NUMBERS, is_tile=False),
-        load("order", items * INT32, is_tile=False),
+        load("order", items * tiles * INT32, is_tile=False),
         load("key", key_points * a["DIM"] * element),
         load("value", key_points * a["VALUE_DIM"] * element),
         load("query", points * a["DIM"] * element),
@@ -236,12 +237,12 @@ def attention_backward(grid: tuple[int, ...], a: dict) -> Work:
         accesses.append(store("grad_query", points * a["DIM"] * element))
     for name, dim, tile in (("key", a["DIM"], a["BLOCK_D"]), ("value", a["VALUE_DIM"], a["BLOCK_DV"])):
         if a[f"grad_{name}_ptr"] is not None:
-            accesses += store_segments(name, segments, dim * element, a["BLOCK_R"] * tile)
+            accesses += store_segments(name, segments, dim * element, a["BLOCK_N"] * tile)
     pairs = pairs_of(segments, a)
     return Work(
         active,
         tuple(accesses),
-        loops=(items / active,),
+        loops=(items * tiles / active,),
         flops=2 * pairs * (3 * a["DIM"] + 2 * a["VALUE_DIM"]),
         exponentials=pairs,
     )

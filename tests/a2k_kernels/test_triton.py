@@ -308,6 +308,16 @@ def test_split_lists_in_many_tiles(monkeypatch):
     )
 
 
+def test_split_lists_in_one_pass_over_tiles_of_queries(monkeypatch):
+    """float32 blocks of 36 points, of which a program takes 16 at a time; some of them cut."""
+    monkeypatch.setattr(block_attention, "SEGMENT", 2)
+    sizes = {"block_size": 6, "query_size": (13, 11), "key_size": (11, 14)}
+    index = torch.tensor([[[3, 3, 0, 3, 0, 0], [5, 5, 5, -1, 5, 6]]], dtype=torch.int32, device=DEVICE)
+    assert_attends_by(
+        index, small_case("block_attention", **sizes, **ONE_TILE, layouts=("sliced", "channels_last", "strided"))
+    )
+
+
 def assert_index_pattern(pattern: str, dims: dict[str, int]) -> None:
     """35 query blocks and as many key blocks: lists that are empty, short, or split into segments."""
     torch.manual_seed(0)
