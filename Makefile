@@ -8,7 +8,7 @@ SANITIZE_INSTALLED := $(SANITIZE_VENV)/.installed
 PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
 	"$$python" -c "import ensurepip, venv" 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: demo test test-all lint bench performance audit audit-quick gpu-check sanitize clean
+.PHONY: demo test test-all lint bench performance training-step audit audit-quick gpu-check sanitize clean
 
 demo: $(INSTALLED)  ## redraw the demo photos in the demo styles, into demo/out/
 	$(BIN)/python demo/run.py
@@ -28,6 +28,9 @@ bench: $(INSTALLED)
 
 performance: $(INSTALLED)  ## time and memory against size, into docs/performance.md (half an hour)
 	$(BIN)/python benchmarks/end_to_end.py
+
+training-step: $(INSTALLED)  ## a step of training beside the published arrangement: time, memory, losses (two minutes)
+	$(BIN)/python benchmarks/training_step.py
 
 audit: $(INSTALLED)  ## compile every GPU kernel for every target, model its time, write docs/gpu-audit.md
 	$(BIN)/python -m benchmarks.audit

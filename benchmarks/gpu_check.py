@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import training_step
 from end_to_end import ARRANGEMENTS, network, picture
 from test_kernels import OPERATIONS, SHAPES, Shape, call, random_index
 
@@ -122,6 +123,12 @@ torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda
 *published* is float32 in the arrangement of the published code, *lite* the shape of a2k-lite in float32.
 
 {network_table()}
+
+## A training step of the published network, batch 4, crop 256
+
+*published* is the arrangement of the published code, *float32* and *bfloat16* that of `a2k train`.
+
+{training_step.gpu_table()}
 
 ## Peak memory beyond the inputs, forward
 
