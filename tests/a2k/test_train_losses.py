@@ -64,8 +64,8 @@ def test_losses_and_gradients_are_those_of_the_published_arrangement():
     expected, actual = (batch_of(x, double=True) for x in ("published", "float32"))
     assert actual[0] == pytest.approx(expected[0], rel=1e-10)
     assert actual[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert (actual[1][name] - gradient).abs().max() <= 1e-8 * gradient.abs().max() + 1e-15, name
+    for name, gradient in expected[1].items():  # that of a2k5.k2.bias is zero, but for rounding
+        assert (actual[1][name] - gradient).abs().max() <= 1e-8 * gradient.abs().max() + 1e-12, name
 
 
 def test_losses_in_float32():
