@@ -211,10 +211,16 @@ def progressive_attention(
     Differentiable in query, key and value; the choice of block is not.
     """
     check_maps(block_size, num_heads, query=query, key=key, value=value)
-    index = block_match(query, key, block_size=block_size, num_heads=num_heads, backend=backend)
-    out = block_attention(
-        query, key, value, index, block_size=block_size, num_heads=num_heads, scale=scale, backend=backend
-    )
+    check_same_size(key, value)
+    check_same_channels(query, key)
+    blocks = {"block_size": block_size, "num_heads": num_heads}
+    run = backend_for(backend, query, key, value, **blocks)
+    if run is torch_backend and torch_backend.can_match_and_attend(query, key, value):
+        out, index = torch_backend.match_and_attend(query, key, value, scale=real("scale", scale), **blocks)
+        out = out.contiguous(memory_format=output_format(query))
+    else:
+        index = block_match(query, key, **blocks, backend=backend)
+        out = block_attention(query, key, value, index, **blocks, scale=scale, backend=backend)
     return (out, index) if return_index else out
 
 

@@ -24,12 +24,16 @@ def split_blocks(x: Tensor, block_size: int, num_heads: int) -> Tensor:
     return grid.permute(0, 1, 3, 5, 4, 6, 2).reshape(B, num_heads, rows * cols, b * b, C // num_heads)
 
 
-def merge_blocks(blocks: Tensor, size: tuple[int, int], block_size: int) -> Tensor:
-    """Inverse of split_blocks: (B, num_heads, n, r, d) -> (B, num_heads * d, *size), laid out in channels_last."""
+def merge_blocks(blocks: Tensor, size: tuple[int, int], block_size: int, out: Tensor | None = None) -> Tensor:
+    """Inverse of split_blocks: (B, num_heads, n, r, d) -> (B, num_heads * d, *size), into out or channels_last."""
     b, (H, W), (B, num_heads, _, _, d) = block_size, size, blocks.shape
     rows, cols = count_blocks(size, b)
     grid = blocks.view(B, num_heads, rows, cols, b, b, d).permute(0, 2, 4, 3, 5, 1, 6)
-    return grid.reshape(B, rows * b, cols * b, num_heads * d)[:, :H, :W].permute(0, 3, 1, 2)
+    if out is not None and (rows * b, cols * b) == (H, W):
+        out.permute(0, 2, 3, 1).unflatten(3, (num_heads, d)).unflatten(2, (cols, b)).unflatten(1, (rows, b)).copy_(grid)
+        return out
+    merged = grid.reshape(B, rows * b, cols * b, num_heads * d)[:, :H, :W].permute(0, 3, 1, 2)
+    return merged if out is None else out.copy_(merged)
 
 
 def existing_points(size: tuple[int, int], block_size: int, device: torch.device | str = "cpu") -> Tensor:

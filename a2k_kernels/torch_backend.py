@@ -16,11 +16,12 @@ from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, spli
 from a2k_kernels.dtypes import at_least_float32
 
 BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
+CACHE_ELEMENTS = 1 << 21  # of all that a band of progressive attention works on, on a processor
 
 
-def head_groups(num_heads: int, elements_per_head: int) -> Iterator[tuple[int, int]]:
-    """(first head, number of heads) of groups of at most BAND_ELEMENTS elements, but at least one head."""
-    step = max(1, min(num_heads, BAND_ELEMENTS // max(1, elements_per_head)))
+def head_groups(num_heads: int, elements_per_head: int, most: int) -> Iterator[tuple[int, int]]:
+    """(first head, number of heads) of groups of at most that many elements, but at least one head."""
+    step = max(1, min(num_heads, most // max(1, elements_per_head)))
     for first in range(0, num_heads, step):
         yield first, min(step, num_heads - first)
 
@@ -34,6 +35,12 @@ def group_blocks(x: Tensor, block_size: int, num_heads: int, first: int, count: 
     """Blocks of heads first .. first + count - 1 of a map: (B, count, n, r, d)."""
     d = x.shape[1] // num_heads
     return split_blocks(x[:, first * d : (first + count) * d], block_size, count)
+
+
+def existing_if_cut(x: Tensor, block_size: int) -> Tensor | None:
+    """existing_points, or None if no block is cut."""
+    is_cut = x.shape[2] % block_size or x.shape[3] % block_size
+    return existing_points(x.shape[-2:], block_size, x.device) if is_cut else None
 
 
 def in_bands(function: Callable, query: Tensor, band_rows: int) -> Tensor:
@@ -91,7 +98,7 @@ def block_aggregate(key, value, alpha, beta, *, block_size, num_heads):
     """See reference.block_aggregate. Points that a cut block lacks are zero, so sums need no mask."""
     points = existing_points(key.shape[-2:], block_size, key.device).sum(1, keepdim=True)  # (n, 1)
     groups = []
-    for group in head_groups(num_heads, (key.numel() + value.numel()) // num_heads):
+    for group in head_groups(num_heads, (key.numel() + value.numel()) // num_heads, BAND_ELEMENTS):
         k, v = (at_least_float32(group_blocks(x, block_size, num_heads, *group)) for x in (key, value))
         k_mean, v_mean = k.sum(-2) / points, v.sum(-2) / points
         gate = torch.sigmoid(beta.to(k.dtype) + alpha.to(k.dtype) * (k @ k_mean[..., None])).mT  # (..., 1, r)
@@ -133,7 +140,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
 def block_match(query, key, *, block_size, num_heads):
     """See reference.block_match. Scores of one band of query blocks and one group of heads exist at a time."""
     groups = []
-    for group in head_groups(num_heads, key.numel() // num_heads):
+    for group in head_groups(num_heads, key.numel() // num_heads, BAND_ELEMENTS):
         q, k = (at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key))
         band = max(1, BAND_ELEMENTS // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
         groups.append(join([(rows @ k.mT).argmax(-1).int() for rows in q.split(band, 2)], 2))
@@ -147,6 +154,52 @@ def select_blocks(blocks: Tensor, index: Tensor) -> Tensor:
     return blocks.flatten(0, 2).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
 
 
+def attend_selected(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, exists: Tensor | None) -> Tensor:
+    """Attention of query blocks (B, heads, m, r, d) to those among n blocks that index (B, heads, m) names.
+
+    exists: which points key blocks have, (n, r); None if all.
+    """
+    exists = None if exists is None else exists[index][..., None, :]
+    return softmax_attention(q, select_blocks(k, index), select_blocks(v, index), scale, exists)
+
+
+def can_match_and_attend(*maps: Tensor) -> bool:
+    """Whether match_and_attend may take the place of block_match and block_attention."""
+    is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
+    is_special = is_recorded or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return maps[0].device.type == "cpu" and not is_special
+
+
+def match_and_attend(query, key, value, *, block_size, num_heads, scale):
+    """block_match, then block_attention: (output, index). For processors, where no gradients are needed.
+
+    Both are done for some heads and rows at a time, so that what the next step reads is in the cache, blocks are laid
+    out once for both, and the output is written in place.
+    """
+    (B, _, H, W), (rows, cols) = query.shape, count_blocks(query.shape[-2:], block_size)
+    exists = existing_if_cut(key, block_size)
+    d, d_v, points = query.shape[1] // num_heads, value.shape[1] // num_heads, block_size**2
+    key_blocks = count_blocks(key.shape[-2:], block_size)
+    row_elements = B * cols * (points * (points + 2 * d + d_v) + key_blocks[0] * key_blocks[1])  # of one head
+    most = min(BAND_ELEMENTS, CACHE_ELEMENTS)
+    out = query.new_empty(B, H, W, num_heads * d_v).permute(0, 3, 1, 2)
+    index = torch.empty(B, num_heads, rows, cols, dtype=torch.int32)
+    for first, count in head_groups(num_heads, rows * row_elements, most):
+        heads = slice(first, first + count)
+        k, v = (group_blocks(x, block_size, num_heads, first, count) for x in (key, value))
+        flat_k = at_least_float32(k.flatten(-2))
+        band_rows = max(1, most // max(1, count * row_elements))
+        for top in range(0, rows, band_rows):
+            part = slice(top * block_size, (top + band_rows) * block_size)
+            q = group_blocks(query[:, :, part], block_size, num_heads, first, count)
+            selected = (at_least_float32(q.flatten(-2)) @ flat_k.mT).argmax(-1)
+            attended = attend_selected(q, k, v, selected, scale, exists)
+            index[:, heads, top : top + band_rows] = selected.unflatten(2, (-1, cols))
+            target = out[:, first * d_v : (first + count) * d_v, part]
+            merge_blocks(attended, target.shape[-2:], block_size, target)
+    return out, index.flatten(2)
+
+
 def block_attention(query, key, value, index, *, block_size, num_heads, scale):
     """See reference.block_attention. Where api.check_index can't look, an index out of range gives zeros."""
     B, _, H, W = query.shape
@@ -154,12 +207,11 @@ def block_attention(query, key, value, index, *, block_size, num_heads, scale):
     unchecked = index.device.type != "cpu" or torch.compiler.is_compiling()
     missing = (index < 0) | (index >= key_rows * key_cols) if unchecked else None
     index = index.long().clamp(0, key_rows * key_cols - 1) if unchecked else index.long()
-    exists = existing_points(key.shape[-2:], block_size, key.device)
-    cut = key.shape[2] % block_size or key.shape[3] % block_size
+    exists = existing_if_cut(key, block_size)
     cols = count_blocks((H, W), block_size)[1]
 
     groups = []
-    for first, count in head_groups(num_heads, (key.numel() + value.numel()) // num_heads):
+    for first, count in head_groups(num_heads, (key.numel() + value.numel()) // num_heads, BAND_ELEMENTS):
         k, v = (group_blocks(x, block_size, num_heads, first, count) for x in (key, value))
         heads = slice(first, first + count)
 
@@ -167,13 +219,7 @@ def block_attention(query, key, value, index, *, block_size, num_heads, scale):
             rows = count_blocks(band.shape[-2:], block_size)[0]
             blocks = slice(top // block_size * cols, (top // block_size + rows) * cols)
             selected = index[:, heads, blocks]
-            out = softmax_attention(
-                split_blocks(band, block_size, count),
-                select_blocks(k, selected),
-                select_blocks(v, selected),
-                scale,
-                exists[selected][..., None, :] if cut else None,
-            )
+            out = attend_selected(split_blocks(band, block_size, count), k, v, selected, scale, exists)
             if missing is not None:
                 out = out.masked_fill(missing[:, heads, blocks, None, None], 0)
             return merge_blocks(out, band.shape[-2:], block_size)
