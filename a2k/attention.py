@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from a2k_kernels import distributed_attention, progressive_attention
 
@@ -27,9 +28,30 @@ def center(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of every channel of a (B, C, H, W) map: (B, C, 1, 1), at least float32."""
-    _, mean, variance = center(x)
-    return mean, variance
+    """Mean and unbiased variance of every channel of a (B, C, H, W) map: (B, C, 1, 1), at least float32.
+
+    They have no second derivative.
+    """
+    return ChannelStatistics.apply(x)
+
+
+class ChannelStatistics(torch.autograd.Function):
+    """Keeps the map and its means for the backward pass, and no copies of the map."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, mean, variance = center(x)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        """2 (x - mean) grad_variance / (n - 1) + grad_mean / n, as the deviations add up to zero."""
+        x, mean = ctx.saved_tensors
+        points = x.shape[2] * x.shape[3]
+        centered = at_least_float32(x) - mean
+        return centered.mul_(2 / max(1, points - 1) * grad_variance).add_(grad_mean / points).to(x.dtype)
 
 
 def normalize(x: Tensor, eps: float = 1e-5) -> Tensor:

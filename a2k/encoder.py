@@ -7,12 +7,10 @@ the rest of the network.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from a2k.convolution import conv3x3
+
 # Convolutions per scale, up to the one whose output is relu5_1.
 ENCODER_DEPTHS = {"vgg19": (2, 2, 4, 4, 1), "vgg16": (2, 2, 3, 3, 1), "lite": (1, 1, 1, 1, 1)}
-
-
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
 
 
 class Encoder(nn.Module):

@@ -1,6 +1,8 @@
 """The processes of one training: one, or as many as `torchrun` started."""
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,3 +50,18 @@ def join_processes(device: str) -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     return Processes(dist.get_rank(), count, place)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep memory that is freed for what comes next.
+
+    By default it returns that of large maps to the system, which must then clear every page anew in every step.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -15,7 +15,7 @@ from a2k.checkpoint import load_encoder, load_model, load_strictly, save_model
 from a2k.data import PairDataset, hold_out, make_loader, readable_images
 from a2k.images import find_images, to_pil, to_tensor, write_image
 from a2k.model import CONFIGS, StyA2K
-from a2k.processes import join_processes
+from a2k.processes import join_processes, keep_freed_memory
 from a2k.schedules import SCHEDULES
 from a2k.sheet import contact_sheet
 from a2k.train_log import TrainLog, describe, plot_losses, significant
@@ -275,6 +275,7 @@ def main(options: TrainOptions) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise TrainingError("training plots its losses with matplotlib; pip install 'a2k[train]'") from None
+    keep_freed_memory()
     trainer = Trainer(options)
     stop_on_signals(trainer)
     trainer.run()

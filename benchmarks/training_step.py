@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from a2k import StyA2K
 from a2k.encoder import Encoder
 from a2k.model import CONFIGS, init_kaiming
+from a2k.processes import keep_freed_memory
 from a2k.train_losses import TrainingLosses
 from a2k.train_options import RECIPES
 
@@ -53,6 +54,7 @@ def losses_of(arrangement: str, device: str) -> tuple[StyA2K, Callable[[Tensor, 
     model, perceptual = network(device)
     if arrangement == "published":
         return model, lambda content, style: published.training_losses(model, content, style)
+    keep_freed_memory()
     for module in (model, perceptual):
         module.to(memory_format=torch.channels_last)
     return model, TrainingLosses(model, perceptual, RECIPES["vgg19"], dtype=getattr(torch, arrangement))

@@ -41,6 +41,25 @@ def test_variance_is_exact_at_a_big_offset(offset):
     torch.testing.assert_close(channel_statistics(x)[1].double(), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("size", ((5, 4), (1, 1)))
+def test_gradients_of_statistics(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(channel_statistics, x)
+
+
+def test_gradients_of_half_precision_statistics():
+    """In float32 up to the end."""
+    x = torch.randn(2, 3, 50, 40).add_(30).bfloat16()
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaf = x.detach().to(dtype).requires_grad_()
+        mean, variance = channel_statistics(leaf)
+        (mean.square() + variance.square()).sum().backward()
+        grads.append(leaf.grad)
+    assert grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=2**-8, atol=1e-6)
+
+
 def test_normalize():
     x = 3 * random_map(2, 3, 6, 5) + 7
     variance, mean = torch.var_mean(x, (2, 3), correction=1, keepdim=True)

@@ -42,7 +42,7 @@ def test_checkpointed_activations(tiny_vgg, autoencoding):
     for expected, actual in zip(kept[:2], again[:2], strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert any(name.startswith("a2k3.") for name in kept[1]) != autoencoding
-    assert again[2] < 0.6 * kept[2]
+    assert again[2] < 0.8 * kept[2]
     assert again[3] == 2 * kept[3]
 
 

@@ -1,0 +1,87 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import a2k.convolution
+from a2k.convolution import conv3x3
+
+LARGE = (2, 128, 160, 33, 37)  # batch, channels in and out, height, width: by minimal filtering
+SMALL = (2, 3, 5, 4, 2)
+
+
+def gradients(convolve, conv: torch.nn.Conv2d, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of the input, of the weight and of the bias."""
+    x = x.clone().requires_grad_()
+    out = convolve(conv, x)
+    return [out.detach(), *torch.autograd.grad(out, (x, conv.weight, conv.bias), grad)]
+
+
+def plain(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), conv.weight, conv.bias)
+
+
+def example(shape, dtype=torch.float32) -> tuple[torch.nn.Conv2d, torch.Tensor, torch.Tensor]:
+    """A convolution, a map of it and a gradient of its output."""
+    torch.manual_seed(0)
+    batch, inputs, outputs, height, width = shape
+    conv = conv3x3(inputs, outputs).to(dtype)
+    return (
+        conv,
+        torch.randn(batch, inputs, height, width, dtype=dtype),
+        torch.randn(batch, outputs, height, width).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("shape", (SMALL, LARGE))
+def test_output_and_gradients(shape, layout, monkeypatch):
+    used, winograd = [], a2k.convolution.Winograd
+    monkeypatch.setattr(a2k.convolution, "Winograd", lambda *x: used.append(1) or winograd(*x))
+    conv, x, grad = example(shape)
+    actual = gradients(torch.nn.Module.__call__, conv, x.to(memory_format=layout), grad.to(memory_format=layout))
+    assert len(used) == (2 if shape == LARGE else 0)
+    expected = gradients(plain, conv.double(), x.double(), grad.double())
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max() < 1e-5 * e.abs().max()
+
+
+def test_gradcheck():
+    conv, x, _ = example(SMALL, torch.float64)
+    assert torch.autograd.gradcheck(conv, x.requires_grad_())
+    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("shape", (SMALL, LARGE))
+def test_autocast(shape):
+    """Maps of bfloat16, gradients as the parameters."""
+    conv, x, grad = example(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = gradients(torch.nn.Module.__call__, conv, x, grad.bfloat16())
+        expected = gradients(plain, conv, x, grad.bfloat16())
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert (a - e).abs().max() <= 2**-7 * e.abs().max()
+
+
+@pytest.mark.parametrize("learns", ((True, False, False), (False, True, False), (False, False, True)))
+def test_gradients_of_some(learns):
+    conv, x, grad = example(SMALL)
+    expected = gradients(plain, conv, x, grad)[1:]
+    leaves = (x, conv.weight, conv.bias)
+    for leaf, needed in zip(leaves, learns, strict=True):
+        leaf.requires_grad_(needed)
+    conv(x).backward(grad)
+    for leaf, needed, e in zip(leaves, learns, expected, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            torch.testing.assert_close(leaf.grad, e)
+
+
+def test_the_padded_copy_is_not_kept():
+    conv, x, _ = example(SMALL)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
+        conv(x)
+    assert set(kept) == {x.data_ptr(), conv.weight.data_ptr()}
