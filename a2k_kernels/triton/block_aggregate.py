@@ -11,15 +11,24 @@ from a2k_kernels.triton.tiles import block_points, is_large, load_tile, on_devic
 
 
 @triton.jit
+def block_size_inverse(block, height, width, BLOCK_SIZE: tl.constexpr):
+    """1 / m and 1 / (m + 1) for a block of m points."""
+    blocks_per_row = tl.cdiv(width, BLOCK_SIZE)
+    rows = tl.minimum(BLOCK_SIZE, height - block // blocks_per_row * BLOCK_SIZE)
+    points = rows * tl.minimum(BLOCK_SIZE, width - block % blocks_per_row * BLOCK_SIZE)
+    return 1.0 / points.to(tl.float32), 1.0 / (points + 1).to(tl.float32)
+
+
+@triton.jit
 def mean_and_products(
-    key_ptr, key_strides, batch, head, row, col, exists, points,
+    key_ptr, key_strides, batch, head, row, col, exists, inverse,
     DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    """<k_mean, k_y> for every point y: [BLOCK_R]."""
+    """<k_mean, k_y> for every point y: [BLOCK_R]. inverse: 1 / m."""
     products = tl.zeros([BLOCK_R], tl.float32)
     for chunk in range(0, tl.cdiv(DIM, BLOCK_D)):
         k = load_tile(key_ptr, key_strides, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE).to(tl.float32)
-        products += tl.sum(k * (tl.sum(k, axis=0) / points)[None, :], axis=1)
+        products += tl.sum(k * (tl.sum(k, axis=0) * inverse)[None, :], axis=1)
     return products
 
 
@@ -33,17 +42,17 @@ def block_aggregate_fwd_kernel(
     program, batch = tl.program_id(0), tl.program_id(1)
     head, block, num_blocks = program % NUM_HEADS, program // NUM_HEADS, tl.num_programs(0) // NUM_HEADS
     row, col, exists = block_points(block, 0, height, width, BLOCK_SIZE, BLOCK_R)
-    points = tl.sum(exists.to(tl.float32), axis=0)
     # All loads under way at once: the first chunk of the value before the products, and a barrier behind which ptxas
     # does not move them to save registers.
     v = load_tile(value_ptr, value_strides, batch, head, 0, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE)
     alpha, beta = tl.load(alpha_ptr).to(tl.float32), tl.load(beta_ptr).to(tl.float32)
     tl.debug_barrier()
+    inverse, inverse_plus_one = block_size_inverse(block, height, width, BLOCK_SIZE)
     products = mean_and_products(
-        key_ptr, key_strides, batch, head, row, col, exists, points, DIM, BLOCK_R, BLOCK_D, LARGE
+        key_ptr, key_strides, batch, head, row, col, exists, inverse, DIM, BLOCK_R, BLOCK_D, LARGE
     )
     logits = beta + alpha * products
-    weights = (tl.sigmoid(logits) + 1.0 / points) / (points + 1.0)  # the mean's share included; missing points are 0
+    weights = (tl.sigmoid(logits) + inverse) * inverse_plus_one  # the mean's share included; missing points are 0
 
     aggregate = (batch * NUM_HEADS + head).to(tl.int64) * num_blocks + block
     for chunk in range(0, tl.cdiv(DIM, BLOCK_D)):
@@ -85,10 +94,10 @@ def block_aggregate_bwd_kernel(
     program, batch = tl.program_id(0), tl.program_id(1)
     head, block, num_blocks = program % NUM_HEADS, program // NUM_HEADS, tl.num_programs(0) // NUM_HEADS
     row, col, exists = block_points(block, 0, height, width, BLOCK_SIZE, BLOCK_R)
-    points = tl.sum(exists.to(tl.float32), axis=0)
+    inverse, inverse_plus_one = block_size_inverse(block, height, width, BLOCK_SIZE)
     alpha = tl.load(alpha_ptr).to(tl.float32)
     products = mean_and_products(
-        key_ptr, key_strides, batch, head, row, col, exists, points, DIM, BLOCK_R, BLOCK_D, LARGE
+        key_ptr, key_strides, batch, head, row, col, exists, inverse, DIM, BLOCK_R, BLOCK_D, LARGE
     )
     logits = tl.load(beta_ptr).to(tl.float32) + alpha * products
     gate, gate_left = tl.sigmoid(logits), tl.sigmoid(-logits)  # [BLOCK_R]; 1 - gate would cancel where gate is near 1
@@ -97,13 +106,13 @@ def block_aggregate_bwd_kernel(
     grad_gate = tl.zeros([BLOCK_R], tl.float32)
     for chunk in range(0, tl.cdiv(DIM, BLOCK_D)):
         k = load_tile(key_ptr, key_strides, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE).to(tl.float32)
-        a = load_row(grad_key_agg_ptr, aggregate, chunk, DIM, BLOCK_D) / (points + 1.0)
+        a = load_row(grad_key_agg_ptr, aggregate, chunk, DIM, BLOCK_D) * inverse_plus_one
         grad_gate += tl.sum(k * a[None, :], axis=1)
     for chunk in range(0, tl.cdiv(VALUE_DIM, BLOCK_DV)):
         v = load_tile(
             value_ptr, value_strides, batch, head, chunk, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE
         ).to(tl.float32)  # fmt: skip
-        c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) / (points + 1.0)
+        c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) * inverse_plus_one
         grad_gate += tl.sum(v * c[None, :], axis=1)
     grad_logits = tl.where(exists, grad_gate * gate * gate_left, 0.0)
     if grad_key_ptr is not None:
@@ -111,18 +120,18 @@ def block_aggregate_bwd_kernel(
             k = load_tile(
                 key_ptr, key_strides, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE
             ).to(tl.float32)  # fmt: skip
-            a = load_row(grad_key_agg_ptr, aggregate, chunk, DIM, BLOCK_D) / (points + 1.0)
-            k_mean = tl.sum(k, axis=0) / points
+            a = load_row(grad_key_agg_ptr, aggregate, chunk, DIM, BLOCK_D) * inverse_plus_one
+            k_mean = tl.sum(k, axis=0) * inverse
             grad_mean = a + alpha * tl.sum(grad_logits[:, None] * k, axis=0)
             grad_k = gate[:, None] * a[None, :] + (alpha * grad_logits)[:, None] * k_mean[None, :]
-            grad_k += (grad_mean / points)[None, :]
+            grad_k += (grad_mean * inverse)[None, :]
             store_tile(
                 grad_key_ptr, grad_key_strides, grad_k, batch, head, chunk, row, col, exists, DIM, BLOCK_D, LARGE
             )
     if grad_value_ptr is not None:
         for chunk in range(0, tl.cdiv(VALUE_DIM, BLOCK_DV)):
-            c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) / (points + 1.0)
-            grad_v = (gate + 1.0 / points)[:, None] * c[None, :]
+            c = load_row(grad_value_agg_ptr, aggregate, chunk, VALUE_DIM, BLOCK_DV) * inverse_plus_one
+            grad_v = (gate + inverse)[:, None] * c[None, :]
             store_tile(
                 grad_value_ptr, grad_value_strides, grad_v, batch, head, chunk, row, col, exists,
                 VALUE_DIM, BLOCK_DV, LARGE,

@@ -297,7 +297,7 @@ def add_segments_kernel(
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Sum over the segments, in a fixed order, of a key block whose list was split. One program: ROWS points of a chunk
-    of channels of a block; SLOTS segments are read at a time."""
+    of channels of a block; SLOTS segments are read at a time, three times as many ahead."""
     TILES: tl.constexpr = BLOCK_R // ROWS
     block, map_number = tl.program_id(0), tl.program_id(1)
     chunk, first_point = tl.program_id(2) // TILES, tl.program_id(2) % TILES * ROWS
@@ -311,7 +311,7 @@ def add_segments_kernel(
     tile = tl.cdiv(DIM, BLOCK_D) * BLOCK_R * BLOCK_D  # elements of a slot
     place = chunk * (BLOCK_R * BLOCK_D) + points * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
     grad = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for slot in range(first, end, SLOTS):
+    for slot in tl.range(first, end, SLOTS, num_stages=4):
         pointers = workspace_ptr + (map_number.to(tl.int64) * num_slots + slot + slots) * tile + place
         grad += tl.sum(tl.load(pointers, mask=slot + slots < end, other=0.0), axis=0)  # of [SLOTS, ROWS, BLOCK_D]
     row, col, exists = block_points(block, first_point, height, width, BLOCK_SIZE, ROWS)
@@ -439,6 +439,6 @@ def block_attention_bwd(
                 add_segments_kernel[(key_rows * key_cols, maps, parts)](
                     workspace, grad, lists.slot_start, grad.stride(), key_height, key_width,
                     lists.num_lists, lists.num_slots, channels, block_size, num_heads, large,
-                    BLOCK_R=tiles["BLOCK_N"], BLOCK_D=tiles[block], ROWS=16, SLOTS=8,
+                    BLOCK_R=tiles["BLOCK_N"], BLOCK_D=tiles[block], ROWS=16, SLOTS=min(4, 256 // tiles[block]),
                     num_warps=max(1, tiles[block] // 16),
                 )  # fmt: skip

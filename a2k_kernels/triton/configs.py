@@ -84,11 +84,17 @@ def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int, a
 
     As for the query's gradient, but where registers suffice more queries share what is loaded of the keys. With three
     stages, keys are loaded a whole iteration ahead; where shared memory is 100 KiB, two programs are worth more.
+    With 128 registers a thread, two programs run on a processor.
     """
     tiles = distributed_query_tiles(n_key, dim, value_dim, element_size)
-    if element_size == 2 and max(dim, value_dim) <= 64:
-        return tiles | {"BLOCK_M": 128, "num_warps": 8, "num_stages": 3 if arch == "sm_90" else 2}
-    return tiles
+    if element_size == 4 or max(dim, value_dim) > 64:
+        return tiles
+    tiles |= {"BLOCK_M": 128, "num_warps": 8}
+    if arch != "sm_90":
+        return tiles | {"num_stages": 2}
+    if max(dim, value_dim) <= 32:
+        tiles |= {"BLOCK_N": min(128, tile_side(n_key)), "maxnreg": 128}
+    return tiles | {"num_stages": 3}
 
 
 def distributed_query_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:

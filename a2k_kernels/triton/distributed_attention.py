@@ -61,18 +61,20 @@ def attend_to_tile(
 @triton.jit
 def distributed_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, query_strides, out_strides, height, width, num_keys, scale,
-    NEGATIVE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, NUM_HEADS: tl.constexpr,
+    NEGATIVE: tl.constexpr, DENSE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, NUM_HEADS: tl.constexpr,
     PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """out_x = sum_z softmax_z(scale <q_x, k_z>) v_z; lse_x = log2 sum_z 2^(scale <q_x, k_z> log2 e).
 
-    One program: BLOCK_M query points of one head. NEGATIVE: scale < 0.
+    One program: BLOCK_M query points of one head. NEGATIVE: scale < 0. DENSE: rows follow one another without a gap.
     """
     program, batch = tl.program_id(0), tl.program_id(1)
     head, point = program % NUM_HEADS, program // NUM_HEADS * BLOCK_M + tl.arange(0, BLOCK_M)
     map_number = batch * NUM_HEADS + head
     row, col, exists = point // width, point % width, point < height * width
+    if DENSE:
+        row, col = tl.zeros_like(point), point
     q = load_tile(query_ptr, query_strides, batch, head, 0, row, col, exists, DIM, BLOCK_D, LARGE)
     if NEGATIVE:  # so that the largest score has the largest weight
         q = (-q.to(tl.float32)).to(q.dtype)
@@ -91,7 +93,7 @@ def distributed_fwd_kernel(
             q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
             False, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    out = out / running_sum[:, None]
+    out = out * (1.0 / running_sum)[:, None]  # a division a row
     store_tile(out_ptr, out_strides, out, batch, head, 0, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE)
     lse = lse_ptr + map_number.to(tl.int64) * height * width + point
     tl.store(lse, running_max + tl.log2(running_sum), mask=exists)
@@ -175,6 +177,11 @@ def store_rows(ptr, x, map_number, first, num_rows, DIM: tl.constexpr, BLOCK_N: 
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=(row < num_rows)[:, None] & (d < DIM)[None, :])
 
 
+def has_dense_rows(*maps: Tensor) -> bool:
+    """Whether the points of each map, rows one after the other, are equally far apart."""
+    return all(x.stride(2) == x.shape[3] * x.stride(3) for x in maps)
+
+
 def attend_fwd(
     query: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, num_heads: int, scale: float, precision: str
 ) -> Tensor:
@@ -190,7 +197,7 @@ def attend_fwd(
     with on_device(query):
         distributed_fwd_kernel[(-(-(H * W) // tiles["BLOCK_M"]) * num_heads, B)](
             query, keys, values, out, lse, query.stride(), out.stride(), H, W, num_keys, scale,
-            scale < 0, dim, value_dim, num_heads, precision, is_large(query, out), **tiles,
+            scale < 0, has_dense_rows(query, out), dim, value_dim, num_heads, precision, is_large(query, out), **tiles,
         )  # fmt: skip
     return lse
 

@@ -30,9 +30,10 @@ LATENCY = {"memory": 600, "L2": 270, "shared": 30, "MUFU": 24, "SHFL": 24, "S2R"
 def read(compiled: CompiledKernel) -> dict:
     """What is known of a compiled kernel, ready for JSON.
 
-    registers, spilled (bytes a thread on NVIDIA, registers on AMD), shared (bytes), warps, occupancy (fraction),
-    resident (programs on a processor), limited_by, tensor (the instructions), loads and stores (count by width in
-    bytes). For MODELLED architectures also regions: what is outside of loops and every loop, see `read_regions`.
+    registers, spilled (bytes a thread on NVIDIA, where instructions access any; registers on AMD), shared (bytes),
+    warps, occupancy (fraction), resident (programs on a processor), limited_by, tensor (the instructions), loads and
+    stores (count by width in bytes). For MODELLED architectures also regions: what is outside of loops and every loop,
+    see `read_regions`.
     """
     report = read_amd if "amdgcn" in compiled.asm else read_nvidia
     metadata = compiled.metadata
@@ -88,7 +89,7 @@ def read_nvidia(compiled: CompiledKernel) -> dict:
     local_accesses = sum(map(sass.is_spill, function.instructions))
     return {
         "registers": resources.reg,
-        "spilled": resources.stack + resources.local or local_accesses,
+        "spilled": local_accesses and max(local_accesses, resources.stack + resources.local),
         "occupancy": occupancy.active_warps / occupancy.max_warps,
         "resident": occupancy.blocks_per_sm,
         "limited_by": occupancy.limiter,

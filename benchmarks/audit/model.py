@@ -92,8 +92,8 @@ def asked_bytes(launch: dict) -> float:
     if not again:
         return first
     executed = totals(launch)["tile_load"] * work["active"] * launch["code"]["warps"] / work["padding"]
-    least = min(again)  # what is less, small rows that many threads load, is none of these
-    return first + min(sum(again), max(0, round((executed - first_loads(launch)) / least) * least))
+    least = min(again)  # what is less, rows that many threads load at once, is none of these
+    return first + min(sum(again), max(0, int((executed - first_loads(launch)) / least + 0.1) * least))
 
 
 def first_loads(launch: dict) -> float:

@@ -198,7 +198,7 @@ def random_case(seed: int) -> Case:
     )
 
 
-HEAD_DIMS = ((24, 16), (56, 32), (120, 64), (184, 64), (24, 24), (48, 48), (32, 32), (64, 64))
+HEAD_DIMS = ((24, 16), (56, 32), (120, 64), (184, 64), (16, 16), (24, 24), (48, 48), (32, 32), (64, 64))
 
 
 def random_blocks_case(seed: int, seconds: float) -> Case:
