@@ -81,6 +81,8 @@ def limits_time(*names: str) -> Callable[[Operation], bool]:
     return lambda x: x.gpu.name.startswith("H100") and is_16_bit(x) and is_large(x, *names)
 
 
+AGGREGATE_TIME = "time / floor, H100, 16 bit, from 1024 px: aggregate and block_attention"
+DISTRIBUTED_TIME = "time / floor, H100, 16 bit, from 1024 px: distributed_attention"
 ATTENTION = ("block_attention, permutation", "block_attention, uniform")
 ATTENTION_BACKWARD = ("block_attention backward, permutation", "block_attention backward, uniform")
 
@@ -119,7 +121,7 @@ LIMITS = (
         3,
     ),
     Limit(
-        "time / floor, H100, 16 bit, from 1024 px: aggregate and block_attention",
+        AGGREGATE_TIME,
         Operation,
         limits_time("block_aggregate", *ATTENTION),
         lambda x: x.estimate.ratio,
@@ -133,7 +135,7 @@ LIMITS = (
         1.3,
     ),
     Limit(
-        "time / floor, H100, 16 bit, from 1024 px: distributed_attention",
+        DISTRIBUTED_TIME,
         Operation,
         limits_time("distributed_attention"),
         lambda x: x.estimate.ratio,

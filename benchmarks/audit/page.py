@@ -36,6 +36,7 @@ def render(compiled: list[Kernel], modelled: list[Operation], verdicts: list[Ver
         "## Limits\n",
         limit_table(verdicts),
         broken_list(verdicts),
+        *(REASONS[x.limit.name] for x in verdicts if x.broken and x.limit.name in REASONS),
         "## Kernels: registers, spills, shared memory, occupancy\n",
         RESOURCES,
         *(resource_section(dtype, [x for x in compiled if x.dtype == dtype]) for dtype in DTYPES),
@@ -65,14 +66,30 @@ occupancy and instructions are the compiler's. **All times are modelled, none wa
 - Maps: {layers}, of square pictures of {pictures} px; losses, if listed, at 256 px and forward only.
 """
 
-RESOURCES = """Worst over all shapes: registers a thread / spilled registers (bytes on NVIDIA) / KiB of shared memory /
-least occupancy in %.
+RESOURCES = """Worst over all shapes: registers a thread / spilled registers (bytes on NVIDIA, if instructions access
+any; ptxas at times reserves 8 that none does) / KiB of shared memory / least occupancy in %.
 """
 
 WIDTHS = """bfloat16, over all shapes: tensor-core instructions, and bytes a thread moves with the widest load and
 store. A warp has 32 threads on NVIDIA and 64 on gfx942, where 8 bytes each are the same 512 bytes an instruction.
 block_match writes and best_split reads and writes two numbers a block, block_aggregate_fwd writes one row.
 """
+
+
+REASONS = {
+    limits.AGGREGATE_TIME: """Why block_aggregate breaks its limit where a map is small: lite relu5 at 1024 px are
+2.2 MB, which memory moves in 0.74 us, 1,350 cycles. All 1,024 programs run at once, one warp each, so the launch takes
+as long as a single warp: some 250 cycles until its loads are on their way, 600 until they arrive, 900 for three sums
+over points and a sigmoid, each of which needs the one before. More warps per block add barriers, which cost more.
+To launch a kernel takes longer than all of it.
+""",
+    limits.DISTRIBUTED_TIME: """Why distributed_attention breaks its limit where a map is small: it is two launches,
+and at lite relu5, 1024 px, the floor of both together is 1.39 us. Attention cannot start before the aggregation (0.74
+us of memory) is over and needs 1.2 us for its exponentials alone, so that 1.4 times the floor is the least that two
+launches can take. Its 128 programs, one for each of most of the 132 processors, run once, each as long as a warp's
+chain of loads, product, maximum, exponential, product. At 4096 px 16 times as many programs hide each other's waiting.
+""",
+}
 
 
 def introduction(compiled: list[Kernel]) -> str:
@@ -196,6 +213,7 @@ operators of PyTorch, which are charged for the bytes of their operands and resu
   here scaled from its 114 processors to 132). It is a cautious figure for H100: the same benchmark reads 9.7 TB/s on
   an H200, which has the same processors, and a matrix product without multicast was measured at 777 Tflop/s on an
   H100 SXM ([fast.cu](https://github.com/pranjalssh/fast.cu), kernel 6), for which its tiles of 192 x 192 load 8.1 TB/s.
+  block_match is bound by it and needs 7.8 TB/s to keep to its limit: at 6.9 it would take 1.68 times its floor.
 - **issue**: the instructions of the machine code, each loop's times its iterations, predicated ones included, one per
   scheduler and cycle; both sides of a branch count. **fma**, **integer**, **special** (exponentials, conversions):
   those of a unit, at its width by the CUDA programming guide. **shared**: bytes through shared memory, at
