@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from a2k.aggregates import Projection, projected_aggregates
 from a2k.attention import A2K
 from a2k.images import from_levels, to_levels
 from a2k.model import StyA2K, pad_content, pad_style, padded_size
 from a2k.storage import Storage
 from a2k.tiling import Chain, Conv, JoinConv, MaxPool, Size, UpsampleConv, Window, layer_window, upsampled
-from a2k_kernels import attend_aggregates, block_aggregate, progressive_attention
+from a2k_kernels import attend_aggregates, progressive_attention
 
 BAND_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a feature map, per band of rows that attention takes at once
+FUSED_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # and that fusion takes
+STATISTICS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 EPS = 1e-5  # of norm()
 
 
@@ -29,7 +32,11 @@ class Statistics:
 
     def add(self, tile: Tensor) -> None:
         """tile: (B, C, h, w)."""
-        points = tile.permute(0, 2, 3, 1).flatten(1, 2).float()
+        for part in bands_of(tile, STATISTICS_ELEMENTS[tile.device.type]):
+            self._add(part.of(tile).permute(0, 2, 3, 1).flatten(1, 2).float())
+
+    def _add(self, points: Tensor) -> None:
+        """points: (B, n, C)."""
         count, mean = points.shape[1], points.mean(1)
         squares = (points - mean[:, None]).square_().sum(1).double()
         difference, total = mean.double() - self.mean, self.count + count
@@ -68,9 +75,6 @@ class StyleKeys:
         return StyleKeys(*(x.expand(batch, *x.shape[1:]) for x in vars(self).values()))
 
 
-Projection = tuple[Tensor, Tensor]  # weight and bias; a batch of them has one more dimension in front
-
-
 def parameters_of(conv: nn.Conv2d) -> Projection:
     """Weight (C_out, C_in) and bias (C_out) of a 1x1 convolution, float32."""
     return conv.weight.detach().flatten(1).float(), conv.bias.detach().float()
@@ -86,6 +90,12 @@ def of_norm(projection: Projection, center: Tensor, deviation: Tensor, dtype: to
     return weight, bias - (weight.float() @ center[..., None])[..., 0]
 
 
+def for_batch(projection: Projection, batch: int) -> Projection:
+    """The same projection for each of a batch."""
+    weight, bias = (x.expand(batch, *x.shape) for x in projection)
+    return weight, bias
+
+
 def side_by_side(*projections: Projection) -> Projection:
     """One projection to the outputs of all."""
     weights, biases = zip(*projections, strict=True)
@@ -98,59 +108,76 @@ def project(x: Tensor, projections: Projection) -> Tensor:
     return join([F.conv2d(x[i : i + 1], weight[i, :, :, None, None], bias[i]) for i in range(len(x))], 0)
 
 
+def add_projected(x: Tensor, projections: Projection, out: Tensor) -> None:
+    """Add to out, (B, C_out, H, W), what `project` makes of x."""
+    weight, bias = (parameter.to(x.dtype) for parameter in projections)
+    for i in range(len(x)):
+        target, arguments = out[i : i + 1], (x[i : i + 1], weight[i, :, :, None, None], bias[i])
+        if adds_to_output(x):
+            geometry = [0, 0], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
+            torch.ops.mkldnn._convolution_pointwise_.binary(target, *arguments, *geometry, "add", None, None, [], None)
+        else:
+            target.add_(F.conv2d(*arguments))
+
+
+def adds_to_output(x: Tensor) -> bool:
+    """Whether there is a convolution that adds to its output, for tensors like x."""
+    fits = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.device.type == "cpu" and torch.backends.mkldnn.is_available() and fits
+
+
 def join(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     """torch.cat, which would copy a single part."""
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def bands_of(x: Tensor, elements: int, multiple: int = 1) -> list[Window]:
+    """Bands of about so many elements, of a multiple of rows but for the last."""
+    _, _, height, width = x.shape
+    rows = multiple * max(1, elements // max(1, x[:, :, :multiple].numel()))
+    return [Window(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
 
 
 class FusedA2K:
     """An A2K module, its norm() folded into the 1x1 convolutions and those of the same input computed as one."""
 
     def __init__(self, module: A2K) -> None:
-        self.blocks = {"block_size": module.block_size, "num_heads": module.num_heads, "backend": module.backend}
+        self.blocks = {"block_size": module.block_size, "num_heads": module.num_heads}
         self.gate = {"alpha": module.sim_alpha.detach(), "beta": module.sim_beta.detach()}
         self.backend, self.residual = module.backend, module.residual
         self.queries = side_by_side(parameters_of(module.q), parameters_of(module.q2))
         self.keys = parameters_of(module.k), parameters_of(module.k2)
         self.values = parameters_of(module.v), parameters_of(module.v2)
-        (weight1, bias1), (weight2, bias2) = parameters_of(module.fusion1), parameters_of(module.fusion2)
-        self.fusion = torch.cat([weight1, weight2], 1), bias1 + bias2
+        self.fusions = parameters_of(module.fusion1), parameters_of(module.fusion2)
 
     def style_keys(self, style: Tensor, statistics: Statistics) -> StyleKeys:
         """style: (B, C, H, W) and its statistics."""
         batch, channels = style.shape[:2]
         norm = statistics.center, statistics.deviation
-        projections = []
-        for key, (weight, bias) in zip(self.keys, self.values, strict=True):
-            value = weight.to(style.dtype).expand(batch, -1, -1), bias.expand(batch, -1)
-            projections.append(side_by_side(of_norm(key, *norm, style.dtype), value))
-        parts = []
-        for band in self._bands(style):
-            distributed, progressive = (project(band.of(style), projection) for projection in projections)
-            aggregates = block_aggregate(*distributed.split(channels, 1), **self.blocks, **self.gate)
-            parts.append((*aggregates, *progressive.split(channels, 1)))
-        return StyleKeys(*(join(x, 2) for x in zip(*parts, strict=True)), *norm)
+        key, value = of_norm(self.keys[0], *norm, torch.float32), for_batch(self.values[0], batch)
+        bands = (band.of(style) for band in self._bands(style))
+        aggregates = [projected_aggregates(band, key, value, **self.blocks, **self.gate) for band in bands]
+        key, value = of_norm(self.keys[1], *norm, style.dtype), for_batch(self.values[1], batch)
+        maps = project(style, side_by_side(key, value)).split(channels, 1)
+        return StyleKeys(*(join(x, 2) for x in zip(*aggregates, strict=True)), *maps, *norm)
 
     def redraw(self, content: Tensor, statistics: Statistics, style: StyleKeys, strength: float) -> Iterator[int]:
         """Replace content (B, C, H, W) by x + strength * (A2K(content, style) - x); yields the flops of every band."""
         channels = content.shape[1]
         queries = of_norm(self.queries, statistics.center, statistics.deviation, content.dtype)
-        weight, bias = (strength * x.expand(len(content), *x.shape) for x in self.fusion)
-        gain = torch.ones_like(style.deviation)
-        if self.residual == "adain":  # gain * (x - center) + style.center
-            gain = 1 - strength + strength * style.deviation / statistics.deviation
-            bias = bias + strength * (style.center - style.deviation / statistics.deviation * statistics.center)
+        gain = style.deviation / statistics.deviation
+        shift = strength * (style.center - gain * statistics.center)
+        scale, shift = (y[..., None, None].to(content.dtype) for y in (1 - strength + strength * gain, shift))
+        fusions = [for_batch((strength * weight, strength * bias), len(content)) for weight, bias in self.fusions]
         for band in self._bands(content):
             x = band.of(content)
             q, q2 = project(x, queries).split(channels, 1)
-            both = torch.cat(
-                [
-                    attend_aggregates(q, style.key_agg, style.value_agg, backend=self.backend),
-                    progressive_attention(q2, style.key, style.value, **self.blocks),
-                ],
-                1,
-            )
-            torch.addcmul(project(both, (weight, bias)), x, gain[..., None, None].to(x.dtype), out=x)
+            distributed = attend_aggregates(q, style.key_agg, style.value_agg, backend=self.backend)
+            progressive = progressive_attention(q2, style.key, style.value, **self.blocks, backend=self.backend)
+            if self.residual == "adain":
+                torch.addcmul(shift, x, scale, out=x)
+            for attended, projection in zip((distributed, progressive), fusions, strict=True):
+                add_projected(attended, projection, x)
             yield self.flops(x.shape[-2:], style)
 
     def flops(self, size: Size, style: StyleKeys) -> int:
@@ -160,11 +187,7 @@ class FusedA2K:
 
     def _bands(self, x: Tensor) -> list[Window]:
         """Whole rows of blocks, of about BAND_ELEMENTS elements."""
-        _, _, height, width = x.shape
-        block_size = self.blocks["block_size"]
-        elements = x[:, :, :block_size].numel()
-        rows = block_size * max(1, BAND_ELEMENTS[x.device.type] // elements)
-        return [Window(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
+        return bands_of(x, BAND_ELEMENTS[x.device.type], self.blocks["block_size"])
 
 
 Style = tuple[StyleKeys, ...]  # of scales 3, 4, 5
