@@ -6,7 +6,7 @@ tiles and channels the products at one point are a matrix product; all of them r
 """
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from math import ceil
 
 import numpy as np
@@ -15,18 +15,23 @@ from torch import Tensor
 
 OUTPUTS = 4  # of a tile, in each direction
 LEAST_TILES = 64  # computed at a time: with fewer, oneDNN would lay out the kernels otherwise, anew in every call
-TILE_CHANNELS = 1 << 13  # tiles times channels computed at a time by each thread, so that they stay in its cache
+TILE_BYTES = 1 << 15  # of one point of the tiles that each thread computes at a time, so that they stay in its cache
 # Where polynomials are evaluated, beside infinity, by number of taps: of small rounding errors in experiments.
-POINTS = {2: (0, 1, -1 / 2, -2), 3: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}
+# In bfloat16 it matters most that matrices are exact: then equal inputs, nearly what maps are made of, still cancel.
+POINTS = {
+    torch.float32: {2: (0, 1, -1 / 2, -2), 3: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)},
+    torch.bfloat16: {2: (0, 1, -1 / 2, -2), 3: (0, 1, -1, 1 / 2, -2)},
+}
+LEAST_WEIGHTS = {torch.float32: 64 * 64 * 4, torch.bfloat16: 64 * 128 * 9}  # of a layer where it pays
 
 
-def transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def transforms(taps: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Matrices of one direction: to the points from inputs (n, n) and from taps (n, taps), to outputs (OUTPUTS, n).
 
     output = to_output @ ((from_taps @ taps) * (from_input @ input)), the n - taps + 1 inner products of the taps with
     the input (Cook and Toom's algorithm, transposed).
     """
-    points = np.array(POINTS[taps])
+    points = np.array(POINTS[dtype][taps])
     n = len(points) + 1
     differences = points[:, None] - points
     np.fill_diagonal(differences, 1)
@@ -43,31 +48,34 @@ def transforms(taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def pays(weight: Tensor) -> bool:
     """Whether `Winograd` is faster than torch's convolution by that kernel, as measured."""
     outputs, inputs = weight.shape[:2]
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return fits and outputs % 16 == inputs % 16 == 0 and outputs * inputs >= 64 * 64
+    fits = weight.device.type == "cpu" and weight.dtype in POINTS and torch.backends.mkldnn.is_available()
+    if not fits or outputs % 16 or inputs % 16 or weight.numel() < LEAST_WEIGHTS[weight.dtype]:
+        return False
+    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Winograd:
     """Convolution with a square kernel of two or three taps each way, of stride 1, without padding.
 
     Args:
-        weight: (C_out, C_in, taps, taps), float32, on the CPU; channels in sixteens.
+        weight: (C_out, C_in, taps, taps), float32 or bfloat16, on the CPU; channels in sixteens.
         bias: (C_out).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        taps, (self.channels, inputs) = weight.shape[-1], weight.shape[:2]
+        dtype, taps, (self.channels, inputs) = weight.dtype, weight.shape[-1], weight.shape[:2]
         self.side = OUTPUTS + taps - 1
-        both = (torch.from_numpy(np.kron(x, x)).float() for x in transforms(taps))
-        self.from_input, from_taps, self.to_output = both
+        from_input, from_taps, to_output = (np.kron(x, x) for x in transforms(taps, dtype))
+        self.from_input, self.to_output = (torch.from_numpy(x).to(dtype) for x in (from_input, to_output))
         self.points = self.side**2
-        self.tiles = TILE_CHANNELS // max(inputs, self.channels)  # for each thread
+        self.tiles = TILE_BYTES // dtype.itemsize // max(inputs, self.channels)  # for each thread
         # A bias at the points that becomes the bias of every output.
-        ones = torch.from_numpy(np.linalg.pinv(self.to_output.numpy()).sum(1, keepdims=True))
-        kernels = (from_taps @ weight.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)).view(-1, inputs, 1, 1)
+        ones = torch.from_numpy(np.linalg.pinv(to_output).sum(1, keepdims=True))
+        kernels = torch.from_numpy(from_taps).float() @ weight.float().permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
+        kernels = kernels.to(dtype).view(-1, inputs, 1, 1)
         shape = [1, self.points * inputs, LEAST_TILES, 1]
         kernels = torch.ops.mkldnn._reorder_convolution_weight(kernels, *self.geometry, shape)
-        self.parameters = kernels, (ones * bias).flatten()
+        self.parameters = kernels, (ones * bias).flatten().to(dtype)
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], int]:
@@ -79,11 +87,12 @@ class Winograd:
         height, width = (length - self.side + OUTPUTS for length in x.shape[2:])
         if out is None:
             out = x.new_empty(len(x), height, width, self.channels).permute(0, 3, 1, 2)
+        rows, cols = ceil(height / OUTPUTS), ceil(width / OUTPUTS)
         tiles = max(LEAST_TILES, self.tiles * torch.get_num_threads())
-        rows = OUTPUTS * ceil(tiles / ceil(width / OUTPUTS))
+        bands = max(1, rows // ceil(tiles / cols))
+        edges = [OUTPUTS * (rows * i // bands) for i in range(bands)] + [height]
         for source, target in zip(x, out, strict=True):
-            for top in range(0, height, rows):
-                bottom = min(height, top + rows)
+            for top, bottom in pairwise(edges):
                 self._fill(target[:, top:bottom], source[:, top : bottom + self.side - OUTPUTS], relu)
         return out
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from a2k import winograd
 from a2k.winograd import Winograd, pays
 
+DTYPES = (torch.float32, torch.bfloat16)
+LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 0.5}  # of outputs near 1, from inputs that are noise
 SIZES = ((1, 1), (4, 4), (3, 41), (5, 9), (37, 50), (64, 6), (70, 67))
 
 
@@ -30,18 +32,20 @@ def poison(monkeypatch):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("taps", (2, 3))
-def test_equals_convolution(taps, size, monkeypatch):
-    """At whole and cut tiles, in one band of tiles and in several; rounding a few times that of float32."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_convolution(dtype, taps, size, monkeypatch):
+    """At whole and cut tiles, in one band of tiles and in several; rounding a few times that of a convolution."""
     monkeypatch.setattr(winograd, "LEAST_TILES", random.choice((1, 64)))
-    monkeypatch.setattr(winograd, "TILE_CHANNELS", random.choice((32, 1000, 1 << 13)))
-    x, weight, bias = example(16, 32, taps, size, batch=2)
+    monkeypatch.setattr(winograd, "TILE_BYTES", random.choice((128, 4000, 1 << 15)))
+    x, weight, bias = (y.to(dtype) for y in example(16, 32, taps, size, batch=2))
     expected = F.conv2d(x.double(), weight.double(), bias.double())
     convolve = Winograd(weight, bias)
     for relu in (False, True):
         out = convolve(x, relu)
         assert out.shape == expected.shape
         assert out.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(out.double(), expected.relu() if relu else expected, rtol=0, atol=2e-5)
+        error = out.double() - (expected.relu() if relu else expected)
+        assert error.abs().max() < LARGEST_ERROR[dtype]
 
 
 def test_windows_of_maps():
@@ -65,9 +69,24 @@ def test_rounding(channels):
     assert error < 2e-6
 
 
+@pytest.mark.parametrize("taps", (2, 3))
+def test_bfloat16_keeps_what_maps_are_made_of(taps):
+    """Neighbours are alike in feature maps; for such maps rounding is near that of a plain convolution."""
+    x, weight, bias = example(64, 64, taps, (32, 32))
+    x = (4 * x[:, :, :1, :1] + 0.1 * x).relu().contiguous(memory_format=torch.channels_last)
+    x, weight, bias = (y.bfloat16() for y in (x, weight, bias))
+    exact = F.conv2d(x.double(), weight.double(), bias.double())
+    error, plain = (
+        (y - exact).square().mean().sqrt() for y in (Winograd(weight, bias)(x, False), F.conv2d(x, weight, bias))
+    )
+    assert error < 3 * plain
+
+
 def test_where_it_pays():
     assert pays(torch.empty(64, 64, 3, 3))
     assert not pays(torch.empty(64, 64, 3, 3, dtype=torch.bfloat16))
+    assert pays(torch.empty(64, 128, 3, 3, dtype=torch.bfloat16)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not pays(torch.empty(512, 512, 3, 3, dtype=torch.float64))
     assert not pays(torch.empty(64, 64, 3, 3, device="meta"))
     assert not pays(torch.empty(3, 64, 3, 3))
     assert not pays(torch.empty(100, 100, 3, 3))
