@@ -61,7 +61,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def suits_winograd(x: Tensor, weight: Tensor) -> bool:
     large = x.shape[2] * x.shape[3] >= LARGE and min(weight.shape[:2]) >= WIDE
-    return large and x.dtype == weight.dtype and pays(weight)
+    return large and x.dtype == weight.dtype == torch.float32 and pays(weight)
 
 
 def grad_of_padded(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

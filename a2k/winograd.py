@@ -71,7 +71,7 @@ class Winograd:
         self.tiles = TILE_BYTES // dtype.itemsize // max(inputs, self.channels)  # for each thread
         # A bias at the points that becomes the bias of every output.
         ones = torch.from_numpy(np.linalg.pinv(to_output).sum(1, keepdims=True))
-        kernels = torch.from_numpy(from_taps).float() @ weight.float().permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
+        kernels = torch.from_numpy(from_taps) @ weight.double().permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
         kernels = kernels.to(dtype).view(-1, inputs, 1, 1)
         shape = [1, self.points * inputs, LEAST_TILES, 1]
         kernels = torch.ops.mkldnn._reorder_convolution_weight(kernels, *self.geometry, shape)

@@ -65,6 +65,15 @@ def test_autocast(shape):
         assert (a - e).abs().max() <= 2**-7 * e.abs().max()
 
 
+def test_bfloat16_parameters():
+    """As a plain convolution: gradients of many steps would not bear minimal filtering's rounding."""
+    conv, x, grad = example(LARGE, torch.bfloat16)
+    actual, expected = (gradients(convolve, conv, x, grad) for convolve in (torch.nn.Module.__call__, plain))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, e)
+
+
 @pytest.mark.parametrize("learns", ((True, False, False), (False, True, False), (False, False, True)))
 def test_gradients_of_some(learns):
     conv, x, grad = example(SMALL)
