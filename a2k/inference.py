@@ -19,8 +19,6 @@ from a2k.tiling import Chain, Conv, JoinConv, MaxPool, Size, UpsampleConv, Windo
 from a2k_kernels import attend_aggregates, progressive_attention
 
 BAND_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a feature map, per band of rows that attention takes at once
-FUSED_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # and that fusion takes
-STATISTICS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 EPS = 1e-5  # of norm()
 
 
@@ -32,11 +30,7 @@ class Statistics:
 
     def add(self, tile: Tensor) -> None:
         """tile: (B, C, h, w)."""
-        for part in bands_of(tile, STATISTICS_ELEMENTS[tile.device.type]):
-            self._add(part.of(tile).permute(0, 2, 3, 1).flatten(1, 2).float())
-
-    def _add(self, points: Tensor) -> None:
-        """points: (B, n, C)."""
+        points = tile.permute(0, 2, 3, 1).flatten(1, 2).float()
         count, mean = points.shape[1], points.mean(1)
         squares = (points - mean[:, None]).square_().sum(1).double()
         difference, total = mean.double() - self.mean, self.count + count
@@ -131,13 +125,6 @@ def join(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
-def bands_of(x: Tensor, elements: int, multiple: int = 1) -> list[Window]:
-    """Bands of about so many elements, of a multiple of rows but for the last."""
-    _, _, height, width = x.shape
-    rows = multiple * max(1, elements // max(1, x[:, :, :multiple].numel()))
-    return [Window(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
-
-
 class FusedA2K:
     """An A2K module, its norm() folded into the 1x1 convolutions and those of the same input computed as one."""
 
@@ -187,7 +174,11 @@ class FusedA2K:
 
     def _bands(self, x: Tensor) -> list[Window]:
         """Whole rows of blocks, of about BAND_ELEMENTS elements."""
-        return bands_of(x, BAND_ELEMENTS[x.device.type], self.blocks["block_size"])
+        _, _, height, width = x.shape
+        block_size = self.blocks["block_size"]
+        elements = x[:, :, :block_size].numel()
+        rows = block_size * max(1, BAND_ELEMENTS[x.device.type] // elements)
+        return [Window(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
 
 
 Style = tuple[StyleKeys, ...]  # of scales 3, 4, 5
