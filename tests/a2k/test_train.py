@@ -272,6 +272,20 @@ def test_resume_is_as_if_never_stopped(options):
         torch.testing.assert_close(tensors_of(split.output)[name], x, rtol=0, atol=0)
 
 
+def test_resume_where_a_folder_has_changed(options):
+    """A picture that came is left out, so that the others keep their places."""
+    Trainer(options).run()
+    split = replace(options, output=options.output + "2")
+    trainer = Trainer(split)
+    stop_after(trainer, 2)
+    trainer.run()
+    for folder in (options.content_dir, options.style_dir):
+        Image.new("RGB", (40, 40)).save(Path(folder) / "!first.png")
+    Trainer(replace(split, resume=True)).run()
+    for entry, expected in zip(log_of(split.output), log_of(options.output), strict=True):
+        assert entry | {"seconds": 0} == expected | {"seconds": 0}
+
+
 def test_resume_after_a_crash_logs_every_step_once(options):
     trainer = Trainer(replace(options, checkpoint_steps=2))
     stop_after(trainer, 3, RuntimeError)
