@@ -465,6 +465,29 @@ def test_nothing_but_broken_pictures(capsys, command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_empty_folder(capsys, command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = refusal(capsys, *command, "--style-dir", tmp_path / "empty")
+    assert f"{tmp_path / 'empty'} has no pictures in it" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_weights_are_kept(options, monkeypatch):
+    trainer = Trainer(replace(options, validate_steps=1))
+    scores = iter((3.0, 1.0, 2.0, 4.0))
+    monkeypatch.setattr(trainer.validation, "measure", lambda model: {"validation_style": next(scores)})
+    averages, validate = [], trainer.validate
+
+    def recording():
+        averages.append(trainer.average.state_dict()["decoder.merge.weight"].clone())
+        return validate()
+
+    trainer.validate = recording
+    trainer.run()
+    best = load_model(Path(options.output) / "best.safetensors").state_dict()["decoder.merge.weight"]
+    assert [torch.equal(best, x) for x in averages] == [False, True, False, False]
+
+
 def test_long_and_tiny_pictures(options):
     for path, size in (("content/0.png", (1, 5000)), ("content/4.png", (5000, 1)), ("style/4.png", (1, 1))):
         Image.new("RGB", size).save(Path(options.content_dir).parent / path)
