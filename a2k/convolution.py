@@ -60,6 +60,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def suits_winograd(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # its preparation is not for a graph
+        return False
     large = x.shape[2] * x.shape[3] >= LARGE and min(weight.shape[:2]) >= WIDE
     return large and x.dtype == weight.dtype == torch.float32 and pays(weight)
 

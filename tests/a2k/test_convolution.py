@@ -65,6 +65,14 @@ def test_autocast(shape):
         assert (a - e).abs().max() <= 2**-7 * e.abs().max()
 
 
+@pytest.mark.parametrize("mode", (torch.inference_mode, torch.enable_grad))
+def test_compiles_without_graph_break(mode):
+    torch._dynamo.reset()
+    conv, x, _ = example(LARGE)
+    with mode():
+        torch.testing.assert_close(torch.compile(conv, backend="eager", fullgraph=True)(x), plain(conv, x))
+
+
 def test_bfloat16_parameters():
     """As a plain convolution: gradients of many steps would not bear minimal filtering's rounding."""
     conv, x, grad = example(LARGE, torch.bfloat16)
