@@ -68,7 +68,7 @@ class Conv:
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         weight, bias = weight.detach(), bias.detach()
         self.channels, self.flops, self.relu = len(weight), 2 * weight.numel(), relu
-        self.convolve = Winograd(weight, bias) if pays(weight) else Direct(weight, bias)
+        self.convolve = convolution(weight, bias)
 
     def output_size(self, size: Size) -> Size:
         return size
@@ -97,6 +97,45 @@ class Direct:
         if out is None:
             return x.relu_() if relu else x
         return torch.clamp_min(x, 0, out=out) if relu else out.copy_(x)
+
+
+class FewOutputs:
+    """A convolution to few channels, by the interface of `Winograd`: outputs of points in a row are channels of one.
+
+    A processor computes 16 channels at a time: with 3 most go to waste, with 3 for each of 4 points few. The wider
+    kernel's zeros cost less than that.
+    """
+
+    GROUP = 4  # points in a row
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.taps, self.single = weight.shape[3], Direct(weight, bias)
+        grouped = weight.new_zeros(self.GROUP, *weight.shape[:3], self.taps + self.GROUP - 1)
+        for place, kernel in enumerate(grouped):
+            kernel[..., place : place + self.taps] = weight
+        self.weight = grouped.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        self.bias = bias.repeat(self.GROUP)
+
+    def __call__(self, x: Tensor, relu: bool, out: Tensor | None = None) -> Tensor:
+        height, width = (length - self.taps + 1 for length in x.shape[2:])
+        out = new_map(x, len(self.single.weight), (height, width)) if out is None else out
+        in_groups = width // self.GROUP * self.GROUP
+        if in_groups:
+            grouped = F.conv2d(x, self.weight, self.bias, stride=(1, self.GROUP)).permute(0, 2, 3, 1)
+            points = grouped.reshape(len(x), height, in_groups, -1).permute(0, 3, 1, 2)
+            target = out[..., :in_groups]
+            torch.clamp_min(points, 0, out=target) if relu else target.copy_(points)
+        if in_groups < width:
+            self.single(x[..., in_groups:], relu, out[..., in_groups:])
+        return out
+
+
+def convolution(weight: Tensor, bias: Tensor) -> Winograd | FewOutputs | Direct:
+    """The fastest on the weight's device: a function (x, relu, out or None) that fills and returns out or a new map."""
+    if pays(weight):
+        return Winograd(weight, bias)
+    few = weight.device.type == "cpu" and len(weight) * FewOutputs.GROUP <= 16
+    return FewOutputs(weight, bias) if few else Direct(weight, bias)
 
 
 class JoinConv(Conv):

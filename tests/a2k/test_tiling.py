@@ -95,6 +95,22 @@ def test_decoder_chain(seed, times, monkeypatch):
     torch.testing.assert_close(run(Chain(layers, 3), x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("taps", (2, 3))
+@pytest.mark.parametrize("width", (1, 3, 4, 6, 8, 13))
+def test_few_outputs(width, taps):
+    """Into a part of a map: whole groups of points in a row, and what is left of them."""
+    x = torch.randn(2, 5, 7, width + taps - 1).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(3, 5, taps, taps), torch.randn(3)
+    assert isinstance(tiling.convolution(weight, bias), tiling.FewOutputs)
+    assert not isinstance(tiling.convolution(weight.repeat(2, 1, 1, 1), bias.repeat(2)), tiling.FewOutputs)
+    expected, whole = F.conv2d(x, weight, bias), torch.zeros(2, 3, 20, 20).contiguous(memory_format=torch.channels_last)
+    part = whole[:, :, 2 : 2 + expected.shape[2], 5 : 5 + width]
+    for relu, out in ((False, None), (True, None), (True, part)):
+        actual = tiling.FewOutputs(weight, bias)(x, relu, out)
+        torch.testing.assert_close(actual, expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
+    assert (whole != 0).sum() == (expected > 0).sum()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_join(seed, times, monkeypatch):
     """The convolution of an upsampled map beside another."""
