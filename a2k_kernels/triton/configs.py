@@ -17,15 +17,21 @@ def chunk_width(dim: int, element_size: int) -> int:
 def attention_tiles(block_size: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
     """block_attention: BLOCK_M query points against all BLOCK_N points of a key block, channels in chunks."""
     block_n = tile_side(block_size**2)
-    block_m = min(64, block_n) if block_n <= 64 or element_size == 2 else 4096 // block_n
-    return {
-        "BLOCK_M": block_m,
+    tiles = {
+        "BLOCK_M": min(64, block_n),
         "BLOCK_N": block_n,
         "BLOCK_D": chunk_width(dim, element_size),
         "BLOCK_DV": chunk_width(value_dim, element_size),
-        "num_warps": min(4, block_n // 16) if element_size == 2 else {16: 4, 32: 16, 64: 16}.get(block_n, 8),
-        "num_stages": 2 if element_size == 2 else 1,
+        "num_warps": min(4, block_n // 16),
+        "num_stages": 2,
     }
+    if element_size == 2:
+        return tiles
+    if block_n > 64:
+        return tiles | {"BLOCK_M": 8192 // block_n, "BLOCK_D": 16, "BLOCK_DV": 16, "num_warps": 4, "num_stages": 1}
+    # as many warps as registers need, of those that move 16 bytes a thread
+    num_warps = min(16, block_n * min(tiles["BLOCK_D"], tiles["BLOCK_DV"]) // 128)
+    return tiles | {"num_warps": num_warps, "num_stages": 1}
 
 
 def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_size: int, arch: str) -> dict[str, int]:
@@ -40,7 +46,8 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
         spills = arch == "sm_80" and max(dim, value_dim) <= 32  # ptxas, to fit a third program on a processor
         return tiles | {"num_stages": 2 if spills else 1}
     if tiles["BLOCK_N"] > 64 or element_size == 4:
-        return tiles | {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2}
+        widths = {"BLOCK_D": chunk_width(dim, element_size), "BLOCK_DV": chunk_width(value_dim, element_size)}
+        return tiles | widths | {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2}
     return tiles
 
 
