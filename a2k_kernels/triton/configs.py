@@ -66,7 +66,8 @@ def match_tiles(n_query: int, n_key: int, depth: int, maps: int, element_size: i
         sides = {"BLOCK_M": 128, "BLOCK_N": widest, "num_warps": 8, "num_stages": 4}
     else:
         sides = {"BLOCK_M": min(64, tile_side(n_query)), "BLOCK_N": min(64, tile_side(n_key))}
-        sides["num_warps"] = 4 if element_size == 2 else 8
+        smaller_tile = min(sides.values()) * min(32, tile_side(depth)) * element_size  # bytes; a thread moves 16
+        sides["num_warps"] = min(4 if element_size == 2 else 8, smaller_tile // 512)
     return {"BLOCK_K": min(32, tile_side(depth)), "num_stages": 4} | sides
 
 

@@ -60,7 +60,7 @@ def executions(regions: list[dict], loops: list[float]) -> list[float]:
         least = min(x for x in loads if x)
         main = loads.index(max(loads))
         return [1, *(loops[0] * least / loads[main] if i == main else 0 for i in range(count))]
-    if count == 0 and all(n <= 16 for n in loops):  # unrolled
+    if count == 0 and all(n <= 32 for n in loops):  # unrolled
         return [1]
     raise UnknownLoops(f"{count} loops in the machine code, {len(loops)} in the source")
 
@@ -212,7 +212,7 @@ def is_suspicious(launch: dict) -> bool:
         return False
     counts, warps = totals(launch), work["active"] * code["warps"]
     products = counts.get("HMMA", 0) + counts.get("HGMMA", 0)
-    too_few = counts.get("tile_load", 0) * warps < 0.99 * first_loads(launch)
+    too_few = counts.get("load", 0) * warps < 0.99 * first_loads(launch)  # of small tiles by less than 8 bytes a thread
     return too_few or (products > 0 and not 0.99 <= products * warps / work["flops"] <= MOST_PADDING)
 
 

@@ -200,7 +200,7 @@ def test_limits_of_bytes_match_and_worst_index():
 
 
 def test_wrong_counts_are_suspicious():
-    regions = [{"parent": None, "counts": {"tile_load": 512, "HMMA": 4096}}]
+    regions = [{"parent": None, "counts": {"load": 512, "HMMA": 4096}}]
     access = {"bytes": 4 * 512, "is_tile": True, "is_store": False, "again": False}
     launch = {"code": {"regions": [x | {"cycles": {}} for x in regions], "warps": 1},
               "work": {"active": 4, "loops": [], "flops": 4 * 4096, "accesses": [access]}}  # fmt: skip
