@@ -418,10 +418,13 @@ def test_query_splits_and_many_tiles_of_keys(splits, monkeypatch):
     assert_equals_reference(small_case("distributed_attention", **sizes), "transposed")
 
 
-def test_more_keys_than_a_tile_holds():
+@pytest.mark.parametrize("layout", ["channels_last", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_keys_than_a_tile_holds(dtype, layout):
+    """143 keys, where tiles have up to 128; rows of queries without and with gaps."""
     torch.manual_seed(0)
-    sizes = {"block_size": 1, "query_size": (9, 9), "key_size": (7, 11), "heads": 1}
-    assert_equals_reference(small_case("distributed_attention", **sizes))
+    sizes = {"block_size": 1, "query_size": (9, 9), "key_size": (11, 13), "heads": 1}
+    assert_equals_reference(small_case("distributed_attention", dtype=dtype, layouts=(layout,) * 3, **sizes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
