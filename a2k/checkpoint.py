@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from a2k.encoder import ENCODER_DEPTHS, Encoder
+from a2k.encoder import PERCEPTUAL_DEPTHS, Encoder
 from a2k.model import StyA2K, StyA2KConfig
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -120,7 +120,7 @@ def load_encoder(path: str | os.PathLike) -> tuple[Encoder, str]:
     """
     tensors, metadata = read_tensors(path)
     kind = metadata.get("arch")
-    if kind not in ENCODER_DEPTHS or kind == "lite":
+    if kind not in PERCEPTUAL_DEPTHS:
         raise WeightsError(f"{path} is not a VGG encoder file: its metadata has no arch; make one by `a2k convert`")
     if "input_mean" in tensors:
         tensors["input.weight"] = torch.eye(3)[:, :, None, None]

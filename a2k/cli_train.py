@@ -61,13 +61,20 @@ def add_data_options(group) -> None:
 
 
 def add_network_options(group) -> None:
-    group.add_argument("--config", choices=("lite", "vgg16", "vgg19"), default="lite", help="shape (%(default)s)")
+    group.add_argument(
+        "--config", choices=("lite", "styled", "vgg16", "vgg19"), default="lite", help="shape (%(default)s)"
+    )
     group.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file, see `a2k convert --vgg`")
     group.add_argument("--weights", metavar="W", help="start from these weights: bundled model or file")
 
 
 def add_loss_options(group) -> None:
     group.add_argument("--global-weight", type=float, metavar="W", help="of the global style loss")
+    group.add_argument(
+        "--robust",
+        action=argparse.BooleanOptionalAction,
+        help="global style loss in which channels that rarely fire cannot drown the rest",
+    )
     group.add_argument("--local-weight", type=float, metavar="W", help="of the local feature loss")
     group.add_argument("--content-weight", type=float, metavar="W", help="of the content loss")
     group.add_argument("--identity-weight", type=float, metavar="W", help="of the identity loss")
@@ -79,12 +86,12 @@ def add_step_options(group) -> None:
     group.add_argument("--steps", type=int, default=160_000, metavar="N", help="in all (%(default)s)")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs of a batch (%(default)s)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches of a step (%(default)s)")
-    group.add_argument("--lr", type=float, help="learning rate (5e-4 for lite, else 2e-4)")
+    group.add_argument("--lr", type=float, help="learning rate (5e-4 for lite, 1e-3 for styled, else 2e-4)")
     group.add_argument(
         "--schedule",
         choices=("linear", "constant", "cosine", "published"),
-        help="of the learning rate: linear falls over the last 40%% of the steps (lite), published is 1, 1, 0.3, 0.09, "
-        "0.027 over fifths of the steps (vgg16, vgg19); all but published warm up",
+        help="of the learning rate: linear falls over the last 40%% of the steps (lite), cosine all along (styled), "
+        "published is 1, 1, 0.3, 0.09, 0.027 over fifths of the steps (vgg16, vgg19); all but published warm up",
     )
     group.add_argument("--clip", type=float, metavar="X", help="largest norm of the gradient (1)")
     group.add_argument("--ema-decay", type=float, metavar="D", help="of the averaged weights; 0 saves the last ones")

@@ -1,13 +1,18 @@
-"""The merge of the two coarse scales and the decoder that mirrors the encoder."""
+"""Decoders: from the A2K outputs at three scales to a picture."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from a2k.attention import channel_statistics, normalize
 from a2k.encoder import ENCODER_DEPTHS, conv3x3
 
 # Convolutions per scale; scale 4 has one, as published.
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}
+
+STYLE_FEATURES = 256  # width of the hidden layer between a style's statistics and the scales and shifts it sets
+RESIDUAL_BLOCKS = 2
+LEAST_DEVIATION = 0.01  # of a statistic, between styles
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -51,3 +56,78 @@ class Decoder(nn.Module):
             if scale > 1:
                 x = upsample(x)
         return x
+
+
+def style_vector(features: list[Tensor]) -> Tensor:
+    """Channel means and standard deviations of relu2_1 .. relu5_1, joined: (B, D), at least float32."""
+    statistics = [channel_statistics(x) for x in features[1:]]
+    return torch.cat([x for mean, variance in statistics for x in (mean, (variance + 1e-5).sqrt())], 1).flatten(1)
+
+
+class StyledConv(nn.Module):
+    """3x3 convolution whose output gets, channel by channel, a mean and a deviation that the style sets
+    (conditional instance normalisation, Dumoulin et al. 2017, Ghiasi et al. 2017).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(in_channels, out_channels)
+        self.scale = nn.Linear(STYLE_FEATURES, out_channels)
+        self.shift = nn.Linear(STYLE_FEATURES, out_channels)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x: (B, C_in, H, W), style: (B, STYLE_FEATURES)."""
+        scale, shift = self.scale(style), self.shift(style)
+        x = self.conv(x)
+        return (normalize(x) * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
+
+
+class StyledDecoder(nn.Module):
+    """The decoder of `styled` networks: the style sets the statistics of its maps too, and edges come from relu2_1.
+
+    `merge` and `conv4_1` as in `Decoder`; then residual blocks at scale 3, and one convolution each at scales 2 and 1.
+    """
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        c1, c2, c3, c4, c5 = channels
+        statistics = 2 * (c2 + c3 + c4 + c5)
+        self.register_buffer("vector_mean", torch.zeros(statistics))
+        self.register_buffer("vector_deviation", torch.ones(statistics))
+        self.style = nn.Linear(statistics, STYLE_FEATURES)
+        self.merge = conv3x3(c4, c4)
+        self.conv4_1 = conv3x3(c4, c3)
+        self.join = StyledConv(2 * c3, c3)
+        self.blocks = nn.ModuleList(StyledConv(c3, c3) for _ in range(2 * RESIDUAL_BLOCKS))
+        self.conv3_1 = StyledConv(c3 + c2, c2)
+        self.conv2_1 = conv3x3(c2, c1)
+        self.conv1_1 = StyledConv(c1, 3)
+
+    @torch.no_grad()
+    def standardize(self, vectors: Tensor) -> None:
+        """Learn what is usual from the vectors of many styles, (N, D): without it, the differences between styles are
+        small beside what all have in common, and training follows them slowly.
+        """
+        self.vector_mean.copy_(vectors.mean(0))
+        self.vector_deviation.copy_(vectors.std(0).clamp_min(LEAST_DEVIATION))
+
+    def style_features(self, vector: Tensor) -> Tensor:
+        """What sets scales and shifts: (B, STYLE_FEATURES), from the vector of a style.
+
+        Inputs of linear layers are divided by the root of their number: a step of Adam, which moves all weights
+        alike, would else throw the scales about (equalized learning rate, Karras et al. 2018).
+        """
+        vector = (vector - self.vector_mean) / (self.vector_deviation * self.style.in_features**0.5)
+        return F.relu(self.style(vector.to(self.style.weight.dtype))) / self.style.out_features**0.5
+
+    def forward(self, x3: Tensor, x4: Tensor, x5: Tensor, x2: Tensor, vector: Tensor) -> Tensor:
+        """x2: (B, c2, 8h, 8w), vector: (B, D) of `style_vector`; the rest and the result as for `Decoder`."""
+        style = self.style_features(vector)
+        x = self.merge(x4 + upsample(x5))
+        x = upsample(F.relu(self.conv4_1(x), inplace=True))
+        x = F.relu(self.join(torch.cat([x, x3], 1), style))
+        for first, second in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            x = x + second(F.relu(first(x, style)), style)
+        x = F.relu(self.conv3_1(torch.cat([upsample(x), x2], 1), style))
+        x = F.relu(self.conv2_1(upsample(x)), inplace=True)
+        return self.conv1_1(x, style)

@@ -12,41 +12,16 @@ from torch import Tensor, nn
 
 from a2k.aggregates import Projection, projected_aggregates
 from a2k.attention import A2K
+from a2k.decoder import StyledDecoder
+from a2k.fused_decoder import FusedDecoder, FusedStyledDecoder, Map, MapMaker, read_map
 from a2k.images import from_levels, to_levels
 from a2k.model import StyA2K, pad_content, pad_style, padded_size
+from a2k.statistics import Statistics
 from a2k.storage import Storage
-from a2k.tiling import Chain, Conv, JoinConv, MaxPool, Size, UpsampleConv, Window, layer_window, upsampled
+from a2k.tiling import Chain, Conv, MaxPool, Size, Window
 from a2k_kernels import attend_aggregates, progressive_attention
 
-BAND_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of a feature map, per band of rows that attention takes at once
-EPS = 1e-5  # of norm()
-
-
-class Statistics:
-    """Mean and unbiased variance per channel of a map that comes in tiles (Chan et al. 1983)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, tile: Tensor) -> None:
-        """tile: (B, C, h, w)."""
-        points = tile.permute(0, 2, 3, 1).flatten(1, 2).float()
-        count, mean = points.shape[1], points.mean(1)
-        squares = (points - mean[:, None]).square_().sum(1).double()
-        difference, total = mean.double() - self.mean, self.count + count
-        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
-
-    @property
-    def center(self) -> Tensor:
-        """(B, C) float32."""
-        return self.mean.float()
-
-    @property
-    def deviation(self) -> Tensor:
-        """sqrt(var + eps): (B, C) float32."""
-        return (self.squares / max(1, self.count - 1) + EPS).sqrt().float()
+BAND_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # of a feature map, per band of rows that attention takes at once
 
 
 @dataclass(frozen=True)
@@ -181,7 +156,16 @@ class FusedA2K:
         return [Window(top, min(height, top + rows), 0, width) for top in range(0, height, rows)]
 
 
-Style = tuple[StyleKeys, ...]  # of scales 3, 4, 5
+@dataclass(frozen=True)
+class Style:
+    """Of one or several paintings: keys for the A2K modules at scales 3, 4, 5, and the statistics of the maps that the
+    decoder asks for.
+    """
+
+    keys: tuple[StyleKeys, ...]
+    statistics: tuple[Statistics, ...]
+
+
 Progress = Callable[[int], object]  # takes the floating-point operations, per picture, done since the last call
 
 
@@ -196,15 +180,17 @@ class FusedStyA2K:
     def __init__(self, model: StyA2K, max_memory: int | None = None) -> None:
         self.parameter = next(model.parameters()).detach()
         self.max_memory = max_memory
-        self.encoder = encoder_chains(model)
+        styled = isinstance(model.decoder, StyledDecoder)
+        self.encoder = encoder_chains(model, first_scale=2 if styled else 3)
         self.modules = [FusedA2K(module) for module in (model.a2k3, model.a2k4, model.a2k5)]
-        self.decoder = FusedDecoder(model)
+        self.decoder = FusedStyledDecoder(model.decoder) if styled else FusedDecoder(model.decoder)
 
     @torch.inference_mode()
     def encode_style(self, image: Tensor, progress: Progress = int) -> Style:
         """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]."""
-        maps = self._encode(pad_style(image), Storage(self.parameter.device, self.max_memory), progress)
-        return tuple(module.style_keys(*pair) for module, pair in zip(self.modules, maps, strict=True))
+        maps = self._encode(pad_style(image), self._map_maker(len(image), progress))
+        keys = (module.style_keys(*pair) for module, pair in zip(self.modules, maps[-3:], strict=True))
+        return Style(tuple(keys), tuple(x.statistics for x in maps))
 
     @torch.inference_mode()
     def stylize(self, content: Tensor, style: Style, strength: float = 1.0, progress: Progress = int) -> Tensor:
@@ -214,13 +200,18 @@ class FusedStyA2K:
         to 1. Returns RGB (B, 3, H, W) of the content's dtype and device; floating-point results are not clamped.
         Raises ImageError if a uint8 result would have to be NaN.
         """
-        padded, storage = pad_content(content), Storage(self.parameter.device, self.max_memory)
-        maps = self._encode(padded, storage, progress)
+        padded, maker = pad_content(content), self._map_maker(len(content), progress)
+        maps = self._encode(padded, maker)
         if strength:
-            for module, (x, statistics), keys in zip(self.modules, maps, style, strict=True):
+            for module, (x, statistics), keys in zip(self.modules, maps[-3:], style.keys, strict=True):
                 for flops in module.redraw(x, statistics, keys.expand(len(x)), strength):
                     progress(flops)
-        out = self._decode(*(x for x, _ in maps), torch.empty_like(padded), storage, progress)
+        out = torch.empty_like(padded)
+
+        def write(window: Window, tile: Tensor) -> None:
+            window.of(out).copy_(tile if out.is_floating_point() else to_levels(tile))
+
+        self.decoder.run(maps, style.statistics, strength, write, maker)
         return out[:, :, : content.shape[2], : content.shape[3]]
 
     def work(self, size: Size, style: Style | None = None) -> int:
@@ -228,9 +219,9 @@ class FusedStyA2K:
         if not style:
             return self._encoding_work(size)
         size = padded_size(size)
-        scale2, scale3, scale4 = (tuple(side // 2**halvings for side in size) for halvings in (2, 3, 4))
-        redrawing = sum(m.flops(s, k) for m, s, k in zip(self.modules, (scale2, scale3, scale4), style, strict=True))
-        return self._encoding_work(size) + redrawing + self.decoder.work(scale2)
+        scales = [tuple(side // 2**halvings for side in size) for halvings in (2, 3, 4)]
+        redrawing = sum(m.flops(s, k) for m, s, k in zip(self.modules, scales, style.keys, strict=True))
+        return self._encoding_work(size) + redrawing + self.decoder.work(scales[0])
 
     def _encoding_work(self, size: Size) -> int:
         flops = 0
@@ -239,45 +230,18 @@ class FusedStyA2K:
             size = chain.sizes(size)[-1]
         return flops
 
-    def _encode(self, image: Tensor, storage: Storage, progress: Progress) -> list[tuple[Tensor, Statistics]]:
-        """relu3_1, relu4_1, relu5_1 and their statistics."""
+    def _map_maker(self, batch: int, progress: Progress) -> MapMaker:
+        like = self.parameter.new_empty(batch)
+        return MapMaker(Storage(self.parameter.device, self.max_memory), like, progress)
 
-        maps, size, like = [], tuple(image.shape[-2:]), self.parameter.new_empty(len(image))
+    def _encode(self, image: Tensor, maker: MapMaker) -> list[Map]:
+        """relu3_1, relu4_1, relu5_1 and their statistics; before them relu2_1 if the decoder is a styled one."""
+        maps, size = [], tuple(image.shape[-2:])
         for chain in self.encoder:
-            statistics = Statistics()
-            read = read_map(maps[-1][0]) if maps else (lambda window, out: from_levels(window.of(image), out))
-            x = self._run(chain, size, read, like, storage, progress, statistics.add)
-            maps.append((x, statistics))
-            size = tuple(x.shape[-2:])
+            read = read_map(maps[-1].x) if maps else (lambda window, out: from_levels(window.of(image), out))
+            maps.append(maker.run(chain, size, read))
+            size = tuple(maps[-1].x.shape[-2:])
         return maps
-
-    def _decode(self, x3: Tensor, x4: Tensor, x5: Tensor, out: Tensor, storage: Storage, progress: Progress) -> Tensor:
-        """Fill out, an image (B, 3, 16 h, 16 w), from the A2K outputs at three scales."""
-
-        def read_merged(window: Window, tile: Tensor) -> None:
-            tile.copy_(window.of(x4)).add_(upsampled(x5, window).to(tile.device))
-
-        def write(window: Window, tile: Tensor) -> None:
-            window.of(out).copy_(tile if out.is_floating_point() else to_levels(tile))
-
-        like = self.parameter.new_empty(len(x3))
-        x = self._run(self.decoder.merge, tuple(x4.shape[-2:]), read_merged, like, storage, progress)
-        x = self._run(self.decoder.join(x, like), tuple(x3.shape[-2:]), read_map(x3), like, storage, progress)
-        for flops in self.decoder.paint.run(tuple(x.shape[-2:]), read_map(x), write, like):
-            progress(flops)
-        return out
-
-    def _run(self, chain, size, read, like, storage, progress, also=lambda tile: None) -> Tensor:
-        """The chain's output as a new map; also(tile) sees every tile of it."""
-        x = storage.new_map(len(like), chain.layers[-1].channels, chain.sizes(size)[-1], like.dtype)
-
-        def write(window: Window, tile: Tensor) -> None:
-            window.of(x).copy_(tile)
-            also(tile)
-
-        for flops in chain.run(size, read, write, like):
-            progress(flops)
-        return x
 
 
 class CompiledStyA2K:
@@ -312,28 +276,24 @@ class CompiledStyA2K:
         return from_levels(image, out)
 
 
-def read_map(x: Tensor) -> Callable[[Window, Tensor], Tensor]:
-    """How a chain reads its windows from a map."""
-    return lambda window, out: out.copy_(window.of(x))
-
-
-def encoder_chains(model: StyA2K) -> list[Chain]:
-    """Image to relu3_1, relu3_1 to relu4_1, relu4_1 to relu5_1."""
+def encoder_chains(model: StyA2K, first_scale: int) -> list[Chain]:
+    """From the image to relu{first_scale}_1, from there to relu{first_scale + 1}_1, and so on to relu5_1."""
     encoder, chains, layers, channels = model.encoder, [], [], 3
     for scale, depth in enumerate(encoder.depths, 1):
         for number in range(1, depth + 1):
             conv = getattr(encoder, f"conv{scale}_{number}")
-            is_feature = number == 1 and scale >= 3
+            is_feature = number == 1 and scale >= first_scale
             is_pooled = number == depth and scale < 5
             weight, bias = conv.weight, conv.bias
             if (scale, number) == (1, 1):
                 weight, bias = after_1x1(encoder.input, conv)
-            layers.append(Conv(weight, bias, relu=is_feature or not is_pooled))
+            relu = not encoder.features_before_relu if is_feature else not is_pooled
+            layers.append(Conv(weight, bias, relu))
             if is_feature:
                 chains.append(Chain(layers, channels))
                 layers, channels = [], len(weight)
             if is_pooled:  # ReLU may follow the maximum, on a quarter of the points
-                layers.append(MaxPool(len(weight), relu=not is_feature))
+                layers.append(MaxPool(len(weight), relu=encoder.features_before_relu or not is_feature))
     return chains
 
 
@@ -342,42 +302,3 @@ def after_1x1(first: nn.Conv2d, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     weight = torch.einsum("ojyx,ji->oiyx", conv.weight.float(), first.weight[:, :, 0, 0].float())
     bias = conv.bias + torch.einsum("ojyx,j->o", conv.weight.float(), first.bias.float())
     return weight.to(conv.weight.dtype), bias.to(conv.bias.dtype)
-
-
-class FusedDecoder:
-    """The decoder as chains; what is convolved after upsampling is convolved before it."""
-
-    def __init__(self, model: StyA2K) -> None:
-        decoder, channels = model.decoder, model.config.channels
-
-        def convs(scale: int) -> list[nn.Conv2d]:
-            return [getattr(decoder, f"conv{scale}_{number}") for number in range(decoder.depths[scale - 1], 0, -1)]
-
-        def layers(scale: int) -> list[Conv]:
-            first, *rest = convs(scale)
-            last = convs(1)[-1]
-            return [
-                UpsampleConv(first.weight, first.bias, first is not last),
-                *(Conv(x.weight, x.bias, x is not last) for x in rest),
-            ]
-
-        merge = decoder.merge, decoder.conv4_1
-        self.merge = Chain([Conv(x.weight, x.bias, relu=x is decoder.conv4_1) for x in merge], channels[3])
-        joint, *rest = convs(3)
-        coarse, fine = joint.weight.split(channels[2], 1)
-        self.coarse = UpsampleConv(coarse, torch.zeros_like(joint.bias), relu=False)
-        self.fine, self.channels = Conv(fine, joint.bias), channels[2]
-        self.rest = [Conv(x.weight, x.bias) for x in rest]
-        self.paint = Chain([*layers(2), *layers(1)], channels[1])
-
-    def work(self, size: Size) -> int:
-        """Floating-point operations for a map of that size at scale 3."""
-        half = size[0] // 2, size[1] // 2
-        coarse = self.coarse.flops * size[0] * size[1]
-        join = Chain([self.fine, *self.rest], 0)
-        return self.merge.work(half) + coarse + join.work(size) + self.paint.work(size)
-
-    def join(self, x: Tensor, like: Tensor) -> Chain:
-        """From A2K's output at scale 3 and the decoder's at scale 4 to the decoder's at scale 3."""
-        first = JoinConv(self.fine, lambda window: layer_window(self.coarse, x, window, like))
-        return Chain([first, *self.rest], self.channels)

@@ -12,6 +12,9 @@ from a2k.attention import at_least_float32, channel_statistics, normalize
 from a2k_kernels import distributed_attention, progressive_attention
 
 LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
+KNEE = 20.0  # where features are compressed, those well above it count by their logarithm
+SQUARED_UP_TO = 3.0  # differences of `robust_style_loss`; above, it grows linearly
+ROBUST_WEIGHTS = (3, 3, 2, 1)  # of relu1_1 .. relu4_1: a small network else neglects colours and fine strokes
 
 
 def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
@@ -24,10 +27,38 @@ def global_style_loss(output_features: list[Tensor], style_features: list[Tensor
     return sum(F.mse_loss(x, target) for x, target in zip(style_statistics(output_features), targets, strict=True))
 
 
+def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
+    """`global_style_loss` of compressed features, in which no channel can drown the others: a difference d above
+    SQUARED_UP_TO = D counts as 2 D |d| - D^2 in place of d^2 (Huber 1964), scales are weighted by ROBUST_WEIGHTS.
+
+    A few channels of VGG16 fire rarely and then a hundred times stronger than the rest. On a step in which one does,
+    the gradient of the plain loss is its alone, and a network trained from scratch loses the others.
+    """
+    outputs, styles = (
+        style_statistics([compress(x) for x in features[:4]]) for features in (output_features, style_features)
+    )
+    weights = [weight for weight in ROBUST_WEIGHTS for _ in range(2)]  # mean and deviation
+    pairs = zip(weights, outputs, styles, strict=True)
+    return sum(2 * weight * F.huber_loss(x, target.detach(), delta=SQUARED_UP_TO) for weight, x, target in pairs)
+
+
 def style_statistics(features: list[Tensor]) -> list[Tensor]:
     """Channel means and standard deviations of relu1_1 .. relu4_1: eight maps (B, C, 1, 1)."""
     statistics = [channel_statistics(x) for x in features[:4]]
     return [x for mean, variance in statistics for x in (mean, torch.sqrt(variance + 1e-5))]
+
+
+def hint_loss(predictions: list[Tensor], features: list[Tensor]) -> Tensor:
+    """Sum over the maps of the distance between a prediction and the compressed features (hints, Romero et al. 2015),
+    squared below 1 and linear above, as in `robust_style_loss`.
+    """
+    pairs = zip(predictions, features, strict=True)
+    return sum(2 * F.huber_loss(at_least_float32(x), compress(target).detach()) for x, target in pairs)
+
+
+def compress(features: Tensor) -> Tensor:
+    """KNEE * log(1 + x / KNEE), at least float32: nearly x where x is small."""
+    return KNEE * torch.log1p(at_least_float32(features) / KNEE)
 
 
 def content_loss(output_features: list[Tensor], content_features: list[Tensor]) -> Tensor:

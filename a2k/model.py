@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from a2k.attention import A2K, RESIDUALS
-from a2k.decoder import Decoder
+from a2k.attention import A2K, RESIDUALS, match_statistics
+from a2k.decoder import Decoder, StyledConv, StyledDecoder, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 
 MULTIPLE = 16  # content sizes are padded to a multiple of this, so that every scale halves exactly
@@ -17,8 +17,8 @@ MINIMUM = 32  # shortest side, so that relu5_1 has at least 2 points to reflect
 class StyA2KConfig:
     """Shape of a StyA2K network. The defaults are the published one.
 
-    encoder: "vgg19", "vgg16" or "lite". channels: of the encoder's five scales. block_sizes: of the A2K modules
-    at scales 3, 4, 5. num_heads: of each of them. residual: "content" or "adain", see `A2K`.
+    encoder: "vgg19", "vgg16", "lite" or "styled". channels: of the encoder's five scales. block_sizes: of the A2K
+    modules at scales 3, 4, 5. num_heads: of each of them. residual: "content" or "adain", see `A2K`.
     """
 
     encoder: str = "vgg19"
@@ -51,6 +51,7 @@ CONFIGS = {
     "vgg19": StyA2KConfig(),
     "vgg16": StyA2KConfig(encoder="vgg16"),
     "lite": StyA2KConfig(encoder="lite", channels=(24, 48, 96, 192, 192), num_heads=4, residual="adain"),
+    "styled": StyA2KConfig(encoder="styled", channels=(16, 32, 64, 128, 128), num_heads=4, residual="adain"),
 }
 
 
@@ -99,8 +100,9 @@ class StyA2K(nn.Module):
         for scale, block_size in zip((3, 4, 5), config.block_sizes, strict=True):
             module = A2K(config.channels[scale - 1], block_size, config.num_heads, config.residual, backend)
             setattr(self, f"a2k{scale}", module)
-        self.decoder = Decoder(config.encoder, config.channels)
-        if config.encoder == "lite":
+        styled = config.encoder == "styled"
+        self.decoder = StyledDecoder(config.channels) if styled else Decoder(config.encoder, config.channels)
+        if config.encoder in ("lite", "styled"):
             for module in (self.encoder, self.decoder):
                 module.apply(init_kaiming)
         else:
@@ -123,14 +125,23 @@ class StyA2K(nn.Module):
     def transform(
         self, content_features: list[Tensor], style_features: list[Tensor], strength: float = 1.0
     ) -> list[Tensor]:
-        """A2K outputs at scales 3, 4, 5 from the five feature maps of content and style."""
-        modules = (self.a2k3, self.a2k4, self.a2k5)
+        """What the decoder takes, from the five feature maps of content and style: the A2K outputs at scales 3, 4, 5,
+        and for a styled decoder relu2_1 with the style's statistics, and the style's vector.
+        """
+        styled = isinstance(self.decoder, StyledDecoder)
+        own = list(content_features[2:])
+        if styled:
+            own += [content_features[1], style_vector(content_features)]
         if strength == 0:
-            return content_features[2:]
-        out = [module(c, s) for module, c, s in zip(modules, content_features[2:], style_features[2:], strict=True)]
+            return own
+        pairs = zip((self.a2k3, self.a2k4, self.a2k5), content_features[2:], style_features[2:], strict=True)
+        out = [module(content, style) for module, content, style in pairs]
+        if styled:
+            edges = match_statistics(content_features[1], style_features[1])
+            out += [edges.to(content_features[1].dtype), style_vector(style_features)]
         if strength == 1:
             return out
-        return [c + strength * (x - c) for c, x in zip(content_features[2:], out, strict=True)]
+        return [c + strength * (x - c) for c, x in zip(own, out, strict=True)]
 
 
 def init_published(module: nn.Module) -> None:
@@ -141,7 +152,14 @@ def init_published(module: nn.Module) -> None:
 
 
 def init_kaiming(module: nn.Module) -> None:
-    """Weights that keep the variance through ReLU (He et al. 2015), biases 0."""
+    """Weights that keep the variance through ReLU (He et al. 2015), biases 0; styled scales near 1, shifts near 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
+    if isinstance(module, StyledConv):
+        for linear, bias in ((module.scale, 1.0), (module.shift, 0.0)):
+            nn.init.normal_(linear.weight, std=0.1)
+            nn.init.constant_(linear.bias, bias)
+    if isinstance(module, StyledDecoder):
+        nn.init.normal_(module.style.weight, std=2**0.5)
+        nn.init.zeros_(module.style.bias)

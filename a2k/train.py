@@ -4,15 +4,18 @@ import copy
 import signal
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from a2k.checkpoint import load_encoder, load_model, load_strictly, save_model
 from a2k.data import PairDataset, hold_out, make_loader, readable_images
+from a2k.decoder import StyledDecoder, style_vector
+from a2k.encoder import PERCEPTUAL_DEPTHS
 from a2k.images import find_images, to_pil, to_tensor, write_image
 from a2k.model import CONFIGS, StyA2K
 from a2k.processes import join_processes, keep_freed_memory
@@ -24,6 +27,8 @@ from a2k.train_options import TrainingError, TrainOptions
 from a2k.train_state import StateFiles, file_names, random_state, restore_random_state, write_json
 from a2k.validation import VALIDATION_PAIRS, Validation
 
+STANDARDIZE_PAIRS = 64  # pairs of crops from which a styled decoder learns what is usual
+STANDARDIZE_STEPS = 25  # between its lessons while the encoder changes
 SAMPLE_FILES = 4  # rows and columns of the sample grid
 SAMPLE_SIZE = 256  # pixels, long side
 
@@ -54,15 +59,11 @@ class Trainer:
         for module in (self.perceptual, self.model):
             module.to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = self._new_optimizer()
         self.validation = Validation(*held, self.perceptual, options.crop, options.batch_size, self.device)
         self.samples = [[sample(image) for image in images[:SAMPLE_FILES]] for images in held]
         self.style_start = 0 if options.weights else self.recipe.autoencode_steps  # step of the first style loss
         self.step, self.best = 0, float("inf")
         self.stop_requested = self.stopping = False  # here; agreed on by all processes
-        if options.resume:
-            self._restore()
         self.losses = TrainingLosses(
             self.model,
             self.perceptual,
@@ -71,7 +72,11 @@ class Trainer:
             backend=options.backend,
             checkpoint_activations=options.checkpoint_activations,
         )
+        self.losses.to(self.device)
+        state = self._restore() if options.resume else None
         self._begin_phase()
+        if state and self.step != self.style_start:  # there a new phase begins
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def _open_data(self) -> list[list[Image.Image]]:
         """Set up the crops; returns some photos and paintings that are held back."""
@@ -97,7 +102,7 @@ class Trainer:
                 raise TrainingError(f"--weights {options.weights} is not a {options.config} network; give its --config")
             return model.train()
         model = StyA2K(CONFIGS[options.config], backend=options.backend)
-        if options.config != "lite":
+        if options.config in PERCEPTUAL_DEPTHS:
             if perceptual_kind != options.config:
                 raise TrainingError(
                     f"--config {options.config} needs a {options.config} file as --perceptual, "
@@ -106,12 +111,18 @@ class Trainer:
             model.encoder.load_state_dict(self.perceptual.state_dict())
         return model
 
-    def _new_optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.parameters, lr=self.recipe.lr, betas=(0.9, 0.999))
-
     def _begin_phase(self) -> None:
-        self.losses.autoencoding = self.step < self.style_start
-        self.parallel_losses = self.processes.parallel(self.losses, some_unused=self.losses.autoencoding)
+        """Set up the copying or, once it is over, the styles: what learns, and an optimiser without memories.
+
+        Moments of the copying are far too small for the style losses.
+        """
+        copying = self.losses.autoencoding = self.step < self.style_start
+        if not copying and self.losses.hints:
+            self.model.encoder.requires_grad_(False)
+            self.losses.hints = nn.ModuleList()
+        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, betas=(0.9, 0.999))
+        self.parallel_losses = self.processes.parallel(self.losses, some_unused=copying)
 
     def run(self) -> None:
         """Train to the last step, or until told to stop; either way the run can be resumed."""
@@ -166,9 +177,10 @@ class Trainer:
     def train_step(self, content: Tensor, style: Tensor) -> dict[str, float | int | None]:
         """One optimiser step on this process's pairs (accumulate * B, 3, crop, crop). Returns the log entry."""
         started = time.perf_counter()
-        if self.step == self.style_start and self.losses.autoencoding:
-            self._begin_phase()
-            self.optimizer = self._new_optimizer()  # moments of the pixel loss are far too small for the style losses
+        if self.step == self.style_start and not self.options.weights:
+            self._begin_style()
+        elif self.losses.autoencoding and self.step % STANDARDIZE_STEPS == 0:
+            self._standardize()
         lr = self._set_learning_rate()
         losses = self._gradients(content, style)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
@@ -184,6 +196,24 @@ class Trainer:
         self._update_average()
         seconds = round(time.perf_counter() - started, 4)
         return {"step": self.step, "global": None, "local": None, **entry, "lr": lr, "seconds": seconds}
+
+    def _begin_style(self) -> None:
+        self._begin_phase()
+        self._standardize()
+        self.average.load_state_dict(self.model.state_dict())
+
+    @torch.no_grad()
+    def _standardize(self) -> None:
+        """Tell a styled decoder what statistics are usual; the same ones in every process."""
+        if isinstance(self.model.decoder, StyledDecoder):
+            crops = (x.to(self.parameters[0], memory_format=torch.channels_last) for x in self.usual_crops)
+            vectors = torch.cat([style_vector(self.model.encoder(pair)) for pair in crops])
+            self.model.decoder.standardize(vectors)
+
+    @cached_property
+    def usual_crops(self) -> list[Tensor]:
+        """The first pairs of the data: each (2, 3, crop, crop)."""
+        return [torch.stack(self.data[number]) for number in range(min(STANDARDIZE_PAIRS, len(self.data)))]
 
     def _set_learning_rate(self) -> float:
         phase_step = self.step if self.losses.autoencoding else self.step - self.style_start
@@ -225,19 +255,23 @@ class Trainer:
     def save(self) -> None:
         """Write the state to resume from, the averaged weights, a sample grid and the loss plot."""
         state = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        state["hints"] = self.losses.hints.state_dict()
         state |= {name: getattr(self, name) for name in ("step", "style_start", "best")}
         self.states.save(self.step, state | {"random": random_state(self.device)})
         save_model(self.average, self.folder / "weights.safetensors")
         write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.png")
         plot_losses(self.folder / "log.jsonl", self.folder / "loss.png")
 
-    def _restore(self) -> None:
-        state, source = self.states.load({"model", "average", "optimizer", "step", "style_start", "best", "random"})
+    def _restore(self) -> dict:
+        keys = {"model", "average", "hints", "optimizer", "step", "style_start", "best", "random"}
+        state, source = self.states.load(keys)
         for name in ("model", "average"):
             load_strictly(getattr(self, name), state[name], source)
-        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.style_start, self.best = state["step"], state["style_start"], state["best"]
+        if self.step < self.style_start:
+            load_strictly(self.losses.hints, state["hints"], source)
         restore_random_state(state["random"], self.device)
+        return state
 
     @torch.no_grad()
     def sample_grid(self) -> Image.Image:

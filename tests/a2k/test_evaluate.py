@@ -290,7 +290,7 @@ def test_table(capsys, command, tiny_file):
     names = [name.replace("_", " ") for name in MEASURES]
     assert re.split("  +", lines[1].strip()) == [*names, "s / picture"]
     assert re.fullmatch(r"photo unchanged( +\d+\.\d{4}){7} +-", lines[2])
-    assert re.fullmatch(rf"{tiny_file}( +\d+\.\d{{4}}){{8}}", lines[3])
+    assert re.fullmatch(rf"{tiny_file}( +-?\d+\.\d{{4}}){{8}}", lines[3])
     assert len({len(line) for line in lines[1:]}) == 1
 
 

@@ -9,6 +9,7 @@ from a2k.losses import (
     global_style_loss,
     local_feature_loss,
     local_targets,
+    robust_style_loss,
     stacked_features,
 )
 from a2k_kernels import distributed_attention, progressive_attention
@@ -57,6 +58,30 @@ def test_global_style_loss_is_zero_for_the_style_itself(style):
     assert global_style_loss(style, style) == 0
     flipped = [x.flip(-1, -2) for x in style]  # statistics do not see places
     assert global_style_loss(flipped, style) < 1e-10
+
+
+def test_robust_style_loss_is_its_formula(output, style):
+    output, expected, large = [x * 30 for x in output], 0, []
+    for weight, a, b in zip((3, 3, 2, 1), output[:4], style[:4], strict=True):
+        a, b = (20 * torch.log1p(x / 20) for x in (a, b))
+        for statistic in (lambda x: x.mean((2, 3)), lambda x: (x.var((2, 3)) + 1e-5).sqrt()):
+            d = (statistic(a) - statistic(b)).abs()
+            large.append(d.max() > 3)
+            expected += weight * torch.where(d <= 3, d.square(), 6 * d - 9).mean()
+    torch.testing.assert_close(robust_style_loss(output, style), expected)
+    assert any(large)
+
+
+def test_no_channel_drowns_the_others_in_the_robust_style_loss(output, style):
+    """One channel a thousand times too strong: its share of the gradient."""
+    shares = {}
+    for loss in (global_style_loss, robust_style_loss):
+        x = [torch.cat([1000 * a[:, :1], a[:, 1:]], 1).detach().requires_grad_() for a in output]
+        loss(x, style).backward()
+        strong, rest = (sum(a.grad[:, part].abs().sum() for a in x[:4]) for part in (slice(1), slice(1, None)))
+        shares[loss] = strong / (strong + rest)
+    assert shares[global_style_loss] > 0.95
+    assert shares[robust_style_loss] < 0.7
 
 
 def test_content_loss_is_its_formula(output, content):
@@ -116,7 +141,11 @@ def test_targets_carry_no_gradient(output, content, style):
 
 @pytest.mark.parametrize(
     ("loss", "reached"),
-    [(global_style_loss, [True] * 4 + [False]), (content_loss, [False] * 3 + [True] * 2)],
+    [
+        (global_style_loss, [True] * 4 + [False]),
+        (robust_style_loss, [True] * 4 + [False]),
+        (content_loss, [False] * 3 + [True] * 2),
+    ],
 )
 def test_scales_that_count(output, content, loss, reached):
     loss(output, content).backward()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tiny import TINY, tiny_model
 
 from a2k import StyA2K, StyA2KConfig
-from a2k.decoder import Decoder
+from a2k.decoder import Decoder, StyledConv, StyledDecoder, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 from a2k.model import CONFIGS, pad_content, pad_image, pad_style
 
@@ -18,10 +18,10 @@ def image(height: int, width: int, seed: int = 0, batch: int = 1) -> torch.Tenso
     return torch.rand((batch, 3, height, width), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=("lite", "vgg16"))
+@pytest.fixture(params=("styled", "lite", "vgg16"))
 def model(request):
     with torch.inference_mode():
-        yield tiny_model({"lite": TINY, "vgg16": VGG16}[request.param])
+        yield tiny_model({"styled": TINY, "lite": replace(TINY, encoder="lite"), "vgg16": VGG16}[request.param])
 
 
 # --- sizes
@@ -80,16 +80,16 @@ def test_feature_sizes_round_up(kind, size):
     assert [tuple(x.shape[1:]) for x in maps] == [
         (c, -(-size[0] // 2**i), -(-size[1] // 2**i)) for i, c in enumerate(TINY.channels)
     ]
-    assert all((x >= 0).all() for x in maps)
+    assert all((x >= 0).all() for x in maps) == (kind != "styled")
 
 
 def test_last_column_of_an_odd_map_is_pooled():
-    encoder = Encoder("lite", TINY.channels)
+    encoder = Encoder("styled", TINY.channels)
     maps = encoder(image(33, 33))
     pooled = F.max_pool2d(maps[0], 2, ceil_mode=True)
     assert pooled.shape[2:] == (17, 17)
     torch.testing.assert_close(pooled[:, :, -1, -1], maps[0][:, :, -1, -1])
-    torch.testing.assert_close(maps[1], encoder.conv2_1(pooled).relu())
+    torch.testing.assert_close(maps[1], encoder.conv2_1(pooled.relu()))
 
 
 def test_features_are_taken_after_the_first_convolution_of_a_scale():
@@ -110,6 +110,34 @@ def test_decoder_size():
     assert out.max() < -1  # no ReLU at the end
 
 
+def test_styled_decoder_sets_statistics():
+    """Whatever comes in, a styled convolution's channels have the mean and deviation that the style asks for."""
+    conv = StyledConv(6, 5)
+    style = torch.randn(2, 256)
+    out = conv(3 + 2 * torch.randn(2, 6, 30, 20), style)
+    torch.testing.assert_close(out.mean((2, 3)), conv.shift(style), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.std((2, 3)), conv.scale(style).abs(), rtol=1e-3, atol=1e-3)
+
+
+def test_styled_decoder_size():
+    decoder = StyledDecoder(TINY.channels)
+    torch.nn.init.constant_(decoder.conv1_1.shift.bias, -9)
+    x3, x4, x5 = (torch.rand(2, 16, 12 // 2**i, 8 // 2**i) for i in range(3))
+    features = [torch.rand(2, c, 40 // 2**i, 30 // 2**i) for i, c in enumerate(TINY.channels)]
+    out = decoder(x3, x4, x5, torch.rand(2, 8, 24, 16), style_vector(features))
+    assert out.shape == (2, 3, 48, 32)
+    assert out.max() < -1  # no ReLU at the end
+
+
+def test_style_vector():
+    features = [torch.rand(2, 3, 8, 8), torch.rand(2, 2, 4, 5), torch.rand(2, 1, 1, 1)]
+    vector = style_vector(features)
+    assert vector.shape == (2, 2 * (2 + 1))
+    torch.testing.assert_close(vector[:, :2], features[1].mean((2, 3)))
+    torch.testing.assert_close(vector[:, 2:4], features[1].std((2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vector[:, 5], torch.full((2,), 1e-5**0.5))
+
+
 # --- strength
 
 
@@ -117,8 +145,11 @@ def test_strength_0_has_nothing_of_the_style(model):
     content = image(40, 37)
     outputs = [model(content, image(48, 32, seed=seed), strength=0.0) for seed in (1, 2)]
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
-    plain = model.decoder(*model.encoder(pad_content(content))[2:])[:, :, :40, :37]
-    torch.testing.assert_close(outputs[0], plain)
+    features = model.encoder(pad_content(content))
+    inputs = features[2:]
+    if isinstance(model.decoder, StyledDecoder):
+        inputs += [features[1], style_vector(features)]
+    torch.testing.assert_close(outputs[0], model.decoder(*inputs)[:, :, :40, :37])
 
 
 def test_strength_1_is_plain(model):
@@ -142,7 +173,7 @@ def test_style_counts(model):
 # --- computation
 
 
-@pytest.mark.parametrize("config", (TINY, VGG16), ids=("lite", "vgg16"))
+@pytest.mark.parametrize("config", (TINY, VGG16), ids=("styled", "vgg16"))
 def test_backends_agree(config):
     outputs = []
     for backend in ("reference", "torch"):
@@ -160,18 +191,20 @@ def test_memory_formats_agree(model):
 
 
 def test_a_batch_is_its_pictures_one_by_one(model):
-    content, style = image(33, 40, batch=3), image(40, 35, seed=1, batch=3)
+    model = model.double()
+    content, style = image(33, 40, batch=3).double(), image(40, 35, seed=1, batch=3).double()
     single = torch.cat([model(content[i : i + 1], style[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(model(content, style), single, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(content, style), single, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_half_precision_is_near(model, dtype):
-    content, style = image(40, 37), image(48, 32, seed=1)
+    content, style = image(40, 37), image(32, 32, seed=1)  # one block of the style in all, so that no match can flip
     expected = model(content, style)
     out = model.to(dtype)(content.to(dtype), style.to(dtype))
     assert out.dtype == dtype
-    assert F.mse_loss(out.float(), expected) < 0.01 * expected.var()
+    # Rounding, carried through all layers, not lost precision: so the error has to shrink with the dtype's eps.
+    assert F.mse_loss(out.float(), expected).sqrt() < 30 * torch.finfo(dtype).eps * expected.std()
 
 
 def test_what_learns():
@@ -197,7 +230,7 @@ def test_named_configs_build(kind):
     assert {m.block_size for m in (model.a2k3, model.a2k4)} == {8}
     assert (model.a2k5.block_size, model.a2k5.num_heads) == (4, CONFIGS[kind].num_heads)
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters < 3e6 if kind == "lite" else parameters > 10e6
+    assert parameters < 3e6 if kind in ("lite", "styled") else parameters > 10e6
 
 
 def test_published_config_is_the_default():

@@ -13,6 +13,7 @@ import a2k.train
 import a2k.train_losses
 from a2k.checkpoint import WeightsError, load_encoder, load_model, save_model
 from a2k.cli import main
+from a2k.decoder import LEAST_DEVIATION, style_vector
 from a2k.images import ImageError
 from a2k.model import CONFIGS
 from a2k.schedules import SCHEDULES
@@ -21,8 +22,17 @@ from a2k.train_log import plot_losses, smooth, trim_log
 from a2k.train_options import RECIPES, Recipe, TrainingError, TrainOptions
 
 KEYS = {"step", "global", "local", "lr", "seconds"}
-RECIPE = replace(RECIPES["lite"], autoencode_steps=1)
-STATE = {"step": 3, "style_start": 1, "best": 0.0, "random": {}, "optimizer": {}, "model": {}, "average": {}}
+RECIPE = replace(RECIPES["styled"], autoencode_steps=1, local_weight=0.4)
+STATE = {
+    "step": 3,
+    "style_start": 1,
+    "best": 0.0,
+    "random": {},
+    "optimizer": {},
+    "model": {},
+    "average": {},
+    "hints": {},
+}
 LAST_STATE = "states/step_00000003.pt"
 
 
@@ -61,7 +71,7 @@ def command(options):
     return [
         *("train", "--content-dir", options.content_dir, "--style-dir", options.style_dir),
         *("--perceptual", options.perceptual, "-o", options.output, "--crop", 32, "--batch-size", 2, "--steps", 3),
-        *("--autoencode-steps", 1, "--holdout", 2, "--workers", 0),
+        *("--autoencode-steps", 1, "--local-weight", 0.4, "--holdout", 2, "--workers", 0),
     ]
 
 
@@ -161,7 +171,7 @@ def test_seed(options):
         runs.append(trainer.model.state_dict())
     for name, x in runs[0].items():
         torch.testing.assert_close(x, runs[1][name], rtol=0, atol=0)
-    assert not torch.equal(runs[0]["decoder.conv1_1.weight"], runs[2]["decoder.conv1_1.weight"])
+    assert not torch.equal(runs[0]["decoder.conv1_1.conv.weight"], runs[2]["decoder.conv1_1.conv.weight"])
 
 
 def test_bfloat16(options):
@@ -208,6 +218,25 @@ def test_style_losses_learn(options):
     assert min(losses[-4:]) < 0.7 * losses[0]
 
 
+def test_the_decoder_learns_what_statistics_are_usual(options):
+    """As long as the encoder changes, and a last time when the styles begin; the averaged network too."""
+    options = replace(options, recipe=replace(RECIPE, autoencode_steps=2))
+    trainer = Trainer(replace(options, steps=2))
+    trainer.run()
+    assert not torch.equal(trainer.model.decoder.vector_mean, tiny_model().decoder.vector_mean)
+    encoder = {name: x.clone() for name, x in trainer.model.encoder.state_dict().items()}
+    trainer = Trainer(replace(options, steps=4, resume=True))
+    crops = torch.cat([torch.stack(trainer.data[i]) for i in range(len(trainer.data))])
+    with torch.no_grad():
+        vectors = style_vector(trainer.model.encoder(crops))
+    trainer.run()
+    for model in (trainer.model, trainer.average):
+        torch.testing.assert_close(model.decoder.vector_mean, vectors.mean(0))
+        torch.testing.assert_close(model.decoder.vector_deviation, vectors.std(0).clamp_min(LEAST_DEVIATION))
+        for name, x in model.encoder.state_dict().items():
+            assert torch.equal(x, encoder[name])
+
+
 def test_autoencoding_leaves_the_attention_alone(options):
     trainer = Trainer(replace(options, steps=1))
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
@@ -222,7 +251,7 @@ def test_autoencoding_leaves_the_attention_alone(options):
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
 def test_the_average_is_saved(options, decay):
     trainer = Trainer(replace(options, recipe=replace(RECIPE, ema_decay=decay, lr=1e-2)))
-    name, train_step = "decoder.conv1_1.weight", trainer.train_step
+    name, train_step = "decoder.conv1_1.conv.weight", trainer.train_step
     weights = [trainer.model.state_dict()[name].clone()]
 
     def step(*batch):
@@ -244,9 +273,9 @@ def test_the_average_is_saved(options, decay):
 def test_the_samples_are_of_the_average(options):
     trainer = Trainer(options)
     before = trainer.sample_grid().tobytes()
-    torch.nn.init.zeros_(trainer.model.decoder.conv1_1.weight)
+    torch.nn.init.zeros_(trainer.model.decoder.conv1_1.conv.weight)
     assert trainer.sample_grid().tobytes() == before
-    torch.nn.init.zeros_(trainer.average.decoder.conv1_1.weight)
+    torch.nn.init.zeros_(trainer.average.decoder.conv1_1.conv.weight)
     assert trainer.sample_grid().tobytes() != before
 
 
@@ -543,7 +572,7 @@ def test_a_loss_that_is_nan_stops_the_run(options):
     Trainer(replace(options, steps=2)).run()
     before = tensors_of(options.output)
     trainer = Trainer(replace(options, resume=True))
-    torch.nn.init.constant_(trainer.model.decoder.conv1_1.bias, float("nan"))
+    torch.nn.init.constant_(trainer.model.decoder.conv1_1.conv.bias, float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan at step 3; lower --lr and --resume"):
         trainer.run()
     torch.testing.assert_close(tensors_of(options.output), before, rtol=0, atol=0)

@@ -38,7 +38,7 @@ def whole_run(tmp_path_factory, tiny_vgg) -> TrainOptions:
         style_dir=str(pictures(tmp_path / "style", 5, height=40)),
         perceptual=str(tmp_path / "vgg.safetensors"),
         output=str(tmp_path / "run"),
-        recipe=replace(RECIPES["lite"], autoencode_steps=1),
+        recipe=replace(RECIPES["styled"], autoencode_steps=1, local_weight=0.4),
         crop=32,
         scale=(1.0, 2.0),
         batch_size=2,
@@ -124,16 +124,15 @@ def test_a_full_disk_loses_nothing(options, whole_log):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     before = {name: (run / name).read_bytes() for name in files(run) if name != "log.jsonl"}
-    limit = max(map(len, before.values())) // 2
+    limit = len(before["weights.safetensors"]) // 2  # of the files that are written, the smallest that is not text
 
     def fill_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     full = complete(command(options, "--resume"), preexec_fn=fill_disk)
     assert full.returncode == 2, full.stderr
-    assert (
-        "a2k: error: cannot write " in full.stderr and "File too large; choose another path or make room" in full.stderr
-    )
+    for part in ("a2k: error: cannot write ", "File too large", "; choose another path or make room"):
+        assert part in full.stderr
     assert "Traceback" not in full.stderr
     assert {name: (run / name).read_bytes() for name in files(run) if name != "log.jsonl"} == before
     again = complete(command(options, "--resume"))
@@ -153,12 +152,13 @@ def test_two_processes(options, tmp_path, monkeypatch):
     monkeypatch.setattr(a2k.checkpoint, "VGG_CHANNELS", TINY.channels)
     monkeypatch.setattr(a2k.train, "plot_losses", lambda log, target: None)
     recipe = replace(options.recipe, lr=1e-7, clip=1e9, content_weight=1.0)  # all steps at nearly the same weights
-    options = replace(options, recipe=recipe, steps=4, accumulate=2, checkpoint_steps=99, validate_steps=99, crop=48)
+    options = replace(options, recipe=recipe, steps=4, batch_size=4, accumulate=2, crop=48)
+    options = replace(options, checkpoint_steps=99, validate_steps=99)
     torch.save(options, tmp_path / "options.pt")
     torchrun(HERE / "train_in_two.py", tmp_path / "options.pt", tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
-    trainer = Trainer(replace(options, output=options.output + "_single", batch_size=4))
+    trainer = Trainer(replace(options, output=options.output + "_single", batch_size=8))
     single = record_double(trainer)
     trainer.run()
     for number, (step, *parts) in enumerate(zip(single, *ranks, strict=True)):
@@ -183,7 +183,7 @@ def test_two_processes(options, tmp_path, monkeypatch):
 
 def test_interpreted_kernels_follow_the_reference(options, tmp_path):
     pytest.importorskip("triton")
-    recipe = replace(options.recipe, content_weight=1.0, autoencode_steps=0)
+    recipe = replace(options.recipe, lr=5e-4, content_weight=1.0, autoencode_steps=0)
     options = replace(options, recipe=recipe, steps=3, checkpoint_steps=99, validate_steps=99)
     torch.save(options, tmp_path / "options.pt")
     process = subprocess.run(

@@ -8,9 +8,10 @@ from PIL import Image
 
 from a2k import StyA2K, StyA2KConfig
 from a2k.cli import main
+from a2k.decoder import StyledConv
 from a2k.model import init_kaiming
 
-TINY = StyA2KConfig(encoder="lite", channels=(8, 8, 16, 16, 16), num_heads=2, residual="adain")
+TINY = StyA2KConfig(encoder="styled", channels=(8, 8, 16, 16, 16), num_heads=2, residual="adain")
 
 
 def tiny_model(config: StyA2KConfig = TINY, backend: str | None = None, seed: int = 0) -> StyA2K:
@@ -24,8 +25,13 @@ def tiny_model(config: StyA2KConfig = TINY, backend: str | None = None, seed: in
         for module in (model.a2k3, model.a2k4, model.a2k5):
             for parameter in module.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        model.decoder.conv1_1.weight.mul_(0.1)
-        model.decoder.conv1_1.bias.fill_(0.5)
+        last = model.decoder.conv1_1
+        if isinstance(last, StyledConv):
+            last.scale.bias.fill_(0.2)
+            last.shift.bias.fill_(0.5)
+        else:
+            last.weight.mul_(0.1)
+            last.bias.fill_(0.5)
     return model
 
 

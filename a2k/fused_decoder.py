@@ -1,0 +1,226 @@
+"""The decoders for inference, in tiles; what is convolved after upsampling is convolved before it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from a2k.decoder import Decoder, StyledConv, StyledDecoder
+from a2k.statistics import Statistics
+from a2k.storage import Storage
+from a2k.tiling import Chain, Conv, JoinConv, Size, UpsampleConv, Window, layer_window, upsampled
+
+BAND_ROWS = 32  # of a map that is scaled in place
+
+Read = Callable[[Window, Tensor], object]  # fills a tensor with a window of a map
+Write = Callable[[Window, Tensor], object]  # takes a window of a map
+
+
+class Map(NamedTuple):
+    """A feature map (B, C, H, W) and its statistics."""
+
+    x: Tensor
+    statistics: Statistics
+
+
+class MapMaker:
+    """Computes chains into new maps.
+
+    Args:
+        storage: of the maps. like: a tensor of the batch size, dtype and device to compute with. progress: takes the
+        floating-point operations, per picture, done since the last call.
+    """
+
+    def __init__(self, storage: Storage, like: Tensor, progress: Callable[[int], object]) -> None:
+        self.storage, self.like, self.progress = storage, like, progress
+
+    def run(self, chain: Chain, size: Size, read: Read) -> Map:
+        """The chain's output, for an input of that size, as a new map."""
+        x = self.storage.new_map(len(self.like), chain.layers[-1].channels, chain.sizes(size)[-1], self.like.dtype)
+        statistics = Statistics()
+
+        def write(window: Window, tile: Tensor) -> None:
+            window.of(x).copy_(tile)
+            statistics.add(tile)
+
+        self.run_into(chain, size, read, write)
+        return Map(x, statistics)
+
+    def run_into(self, chain: Chain, size: Size, read: Read, write: Write) -> None:
+        """Hand every window of the chain's output to write."""
+        for flops in chain.run(size, read, write, self.like):
+            self.progress(flops)
+
+
+def read_map(x: Tensor) -> Read:
+    """How a chain reads its windows from a map."""
+    return lambda window, out: out.copy_(window.of(x))
+
+
+def read_sum(x: Tensor, coarse: Tensor) -> Read:
+    """How a chain reads its windows from the sum of a map and another one upsampled by two."""
+    return lambda window, out: out.copy_(window.of(x)).add_(upsampled(coarse, window).to(out.device))
+
+
+def read_scaled(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Read:
+    """How a chain reads its windows from scale * x + shift, per channel (B, C), through ReLU if asked for."""
+
+    def read(window: Window, out: Tensor) -> None:
+        factor, term = (parameter[:, :, None, None].to(out.dtype) for parameter in (scale, shift))
+        torch.addcmul(term, window.of(x).to(out.device), factor, out=out)
+        if relu:
+            out.relu_()
+
+    return read
+
+
+def merge_chain(decoder: Decoder | StyledDecoder) -> Chain:
+    """From the sum of scales 4 and 5 to what is upsampled to scale 3."""
+    merge, conv4_1 = decoder.merge, decoder.conv4_1
+    layers = [Conv(merge.weight, merge.bias, relu=False), Conv(conv4_1.weight, conv4_1.bias)]
+    return Chain(layers, merge.in_channels)
+
+
+class JoinedConv:
+    """3x3 convolution of a coarse map, upsampled by two, beside a fine one."""
+
+    def __init__(self, conv: nn.Conv2d, coarse_channels: int, relu: bool) -> None:
+        coarse, fine = conv.weight.split([coarse_channels, conv.in_channels - coarse_channels], 1)
+        self.coarse = UpsampleConv(coarse, torch.zeros_like(conv.bias), relu=False)
+        self.fine = Conv(fine, conv.bias, relu)
+
+    def work(self, size: Size) -> int:
+        """Floating-point operations for a fine map of that size."""
+        return (self.coarse.flops + self.fine.flops) * size[0] * size[1]
+
+    def layer(self, coarse: Tensor, like: Tensor) -> JoinConv:
+        """The convolution as a layer of the fine map."""
+        layer = JoinConv(self.fine, lambda window: layer_window(self.coarse, coarse, window, like))
+        layer.flops += self.coarse.flops
+        return layer
+
+
+class FusedDecoder:
+    """The published decoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        def convs(scale: int) -> list[nn.Conv2d]:
+            return [getattr(decoder, f"conv{scale}_{number}") for number in range(decoder.depths[scale - 1], 0, -1)]
+
+        def layers(scale: int) -> list[Conv]:
+            first, *rest = convs(scale)
+            last = convs(1)[-1]
+            return [
+                UpsampleConv(first.weight, first.bias, first is not last),
+                *(Conv(x.weight, x.bias, x is not last) for x in rest),
+            ]
+
+        self.merge = merge_chain(decoder)
+        joint, *rest = convs(3)
+        self.join = JoinedConv(joint, decoder.conv4_1.out_channels, relu=True)
+        self.rest = [Conv(x.weight, x.bias) for x in rest]
+        self.paint = Chain([*layers(2), *layers(1)], rest[-1].out_channels)
+
+    def work(self, size: Size) -> int:
+        """Floating-point operations for a map of that size at scale 3."""
+        half = size[0] // 2, size[1] // 2
+        rest = sum(layer.flops for layer in self.rest) * size[0] * size[1]
+        return self.merge.work(half) + self.join.work(size) + rest + self.paint.work(size)
+
+    def run(
+        self, maps: list[Map], _style: Sequence[Statistics], _strength: float, write: Write, maker: MapMaker
+    ) -> None:
+        """Paint a picture from the A2K outputs at scales 3, 4, 5, whose list is emptied."""
+        x3, x4, x5 = (maps.pop(0).x for _ in range(3))
+        x = maker.run(self.merge, tuple(x4.shape[-2:]), read_sum(x4, x5)).x
+        join = Chain([self.join.layer(x, maker.like), *self.rest], x3.shape[1])
+        x = maker.run(join, tuple(x3.shape[-2:]), read_map(x3)).x
+        maker.run_into(self.paint, tuple(x.shape[-2:]), read_map(x), write)
+
+
+def style_vector(statistics: Sequence[Statistics]) -> Tensor:
+    """As `a2k.decoder.style_vector`: (B, D) float32."""
+    return torch.cat([x for of_map in statistics for x in (of_map.center, of_map.deviation)], 1)
+
+
+def styled(conv: StyledConv, statistics: Statistics, style: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (B, C) float32, that turn a map with these statistics into the output of a `StyledConv`."""
+    scale, shift = (linear(style.to(linear.weight.dtype)).float() for linear in (conv.scale, conv.shift))
+    scale = scale / statistics.deviation
+    return scale, shift - scale * statistics.center
+
+
+def matched(own: Statistics, style: Statistics, strength: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (B, C) float32, of x + strength * (match_statistics(x, style) - x)."""
+    gain = style.deviation / own.deviation
+    return 1 - strength + strength * gain, strength * (style.center - gain * own.center)
+
+
+def scaled_bands(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Bands of rows of scale * x + shift and the same bands of out, all on out's device."""
+    scale, shift = (parameter[:, :, None, None].to(out) for parameter in (scale, shift))
+    for band, target in zip(x.split(BAND_ROWS, 2), out.split(BAND_ROWS, 2), strict=True):
+        yield torch.addcmul(shift, band.to(out.device), scale), target
+
+
+class FusedStyledDecoder:
+    """The small network's decoder: every map is stored before its statistics are known, and scaled where it is read."""
+
+    def __init__(self, decoder: StyledDecoder) -> None:
+        self.decoder = decoder
+        self.merge = merge_chain(decoder)
+        coarse_channels = decoder.conv4_1.out_channels
+        self.join = JoinedConv(decoder.join.conv, coarse_channels, relu=False)
+        self.blocks = [Conv(x.conv.weight, x.conv.bias, relu=False) for x in decoder.blocks]
+        self.edges = JoinedConv(decoder.conv3_1.conv, coarse_channels, relu=False)
+        conv2_1, conv1_1 = decoder.conv2_1, decoder.conv1_1.conv
+        last = Conv(conv1_1.weight, conv1_1.bias, relu=False)
+        self.paint = Chain([UpsampleConv(conv2_1.weight, conv2_1.bias), last], conv2_1.in_channels)
+
+    def work(self, size: Size) -> int:
+        """Floating-point operations for a map of that size at scale 3."""
+        half, double = (size[0] // 2, size[1] // 2), (2 * size[0], 2 * size[1])
+        blocks = sum(layer.flops for layer in self.blocks) * size[0] * size[1]
+        joins = self.join.work(size) + self.edges.work(double)
+        return self.merge.work(half) + joins + blocks + self.paint.work(double)
+
+    def run(self, maps: list[Map], style: Sequence[Statistics], strength: float, write: Write, maker: MapMaker) -> None:
+        """Paint a picture from relu2_1 and the A2K outputs at scales 3, 4, 5, whose list is emptied.
+
+        The statistics of maps are those of the content's features, those of the style come beside them.
+        """
+        own = style_vector([statistics for _, statistics in maps])
+        vector = own + strength * (style_vector(style) - own)
+        style_features = self.decoder.style_features(vector)
+        edges = maps[0].x, *matched(maps[0].statistics, style[0], strength)
+        _, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
+        size, fine_size = tuple(x3.shape[-2:]), tuple(edges[0].shape[-2:])
+
+        x = maker.run(self.merge, tuple(x4.shape[-2:]), read_sum(x4, x5)).x
+        x, statistics = maker.run(Chain([self.join.layer(x, maker.like)], x3.shape[1]), size, read_map(x3))
+        del x3, x4, x5
+        for band, target in scaled_bands(x, *styled(self.decoder.join, statistics, style_features), x):
+            target.copy_(band.relu_())
+        for number in range(0, len(self.blocks), 2):
+            self._add_block(number, x, style_features, maker)
+        chain = Chain([self.edges.layer(x, maker.like)], edges[0].shape[1])
+        x, statistics = maker.run(chain, fine_size, read_scaled(*edges, relu=False))
+        del edges
+        scaled = read_scaled(x, *styled(self.decoder.conv3_1, statistics, style_features), relu=True)
+        x, statistics = maker.run(self.paint, fine_size, scaled)
+        scaling = styled(self.decoder.conv1_1, statistics, style_features)
+        top = 0
+        for band, _ in scaled_bands(x, *scaling, x):
+            write(Window(top, top + band.shape[2], 0, band.shape[3]), band)
+            top += band.shape[2]
+
+    def _add_block(self, number: int, x: Tensor, style_features: Tensor, maker: MapMaker) -> None:
+        """Add to x what the convolutions `number` and `number` + 1 of the residual blocks make of it."""
+        size, read = tuple(x.shape[-2:]), read_map(x)
+        for place in (number, number + 1):
+            inner, statistics = maker.run(Chain([self.blocks[place]], x.shape[1]), size, read)
+            scaling = styled(self.decoder.blocks[place], statistics, style_features)
+            read = read_scaled(inner, *scaling, relu=True)
+        for band, target in scaled_bands(inner, *scaling, x):
+            target.add_(band)
