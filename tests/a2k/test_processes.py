@@ -16,8 +16,7 @@ def faults_of_a_map():
 faults_of_a_map()
 default = faults_of_a_map()
 keep_freed_memory()
-faults_of_a_map()
-print(default, faults_of_a_map())
+print(default, min(faults_of_a_map() for _ in range(8)))  # small objects may take the start of a free place, at first
 """
 
 
