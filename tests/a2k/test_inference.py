@@ -111,11 +111,13 @@ def test_uint8(model):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_near(model, dtype):
-    content, style = pictures(SEEDS[0], (40, 35), (33, 50))
+    """To some roundings; a styled decoder multiplies them. The style is one block, so that no match can flip."""
+    content, style = pictures(SEEDS[0], (40, 35), (32, 32))
     half = FusedStyA2K(tiny_model(model.config).to(dtype))
     out = half.stylize(content, half.encode_style(style))
     assert out.dtype == torch.float32
-    assert (out - model(content, style)).abs().mean() < 0.02
+    roundings = 5 if model.config.encoder == "styled" else 1
+    assert (out - model(content, style)).abs().mean() < roundings * torch.finfo(dtype).eps
 
 
 def test_bfloat16_by_minimal_filtering_is_near():
