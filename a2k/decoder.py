@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2k.attention import channel_statistics, normalize
-from a2k.encoder import ENCODER_DEPTHS, conv3x3
+from a2k.convolution import conv3x3
+from a2k.encoder import ENCODER_DEPTHS
 
 # Convolutions per scale; scale 4 has one, as published.
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}

@@ -51,7 +51,7 @@ SHAPES = (
     Shape("vgg_relu3_256px", 256, 64, 8, 8),
     Shape("vgg_relu4_512px", 512, 64, 8, 8),
     Shape("vgg_relu5_512px", 512, 32, 4, 8),
-    Shape("lite_relu3_512px", 64, 128, 8, 4),
+    Shape("lite_relu3_512px", 96, 128, 8, 4),
 )
 
 

@@ -77,14 +77,14 @@ block_match writes and best_split reads and writes two numbers a block, block_ag
 
 
 REASONS = {
-    limits.AGGREGATE_TIME: """Why block_aggregate breaks its limit where a map is small: lite relu5 at 1024 px are
+    limits.AGGREGATE_TIME: """Why block_aggregate breaks its limit where a map is small: styled relu5 at 1024 px are
 2.2 MB, which memory moves in 0.74 us, 1,350 cycles. All 1,024 programs run at once, one warp each, so the launch takes
 as long as a single warp: some 250 cycles until its loads are on their way, 600 until they arrive, 900 for three sums
 over points and a sigmoid, each of which needs the one before. More warps per block add barriers, which cost more.
 To launch a kernel takes longer than all of it.
 """,
     limits.DISTRIBUTED_TIME: """Why distributed_attention breaks its limit where a map is small: it is two launches,
-and at lite relu5, 1024 px, the floor of both together is 1.39 us. Attention cannot start before the aggregation (0.74
+and at styled relu5, 1024 px, the floor of both together is 1.39 us. Attention cannot start before the aggregation (0.74
 us of memory) is over and needs 1.2 us for its exponentials alone, so that 1.4 times the floor is the least that two
 launches can take. Its 128 programs, one for each of most of the 132 processors, run once, each as long as a warp's
 chain of loads, product, maximum, exponential, product. At 4096 px 16 times as many programs hide each other's waiting.

@@ -44,11 +44,10 @@ class Layer:
 
 
 VGG = tuple(Layer("vgg", scale, dim, dim, 8) for scale, dim in ((3, 32), (4, 64), (5, 64)))
-LITE = tuple(Layer("lite", scale, dim, dim, 4) for scale, dim in ((3, 16), (4, 32), (5, 32)))
-# Heads as wide as no tile is: those of a lite network of 96 and 192 channels.
-UNEVEN = tuple(Layer("uneven", scale, dim, dim, 4) for scale, dim in ((3, 24), (4, 48), (5, 48)))
+LITE = tuple(Layer("lite", scale, dim, dim, 4) for scale, dim in ((3, 24), (4, 48), (5, 48)))
+STYLED = tuple(Layer("styled", scale, dim, dim, 4) for scale, dim in ((3, 16), (4, 32), (5, 32)))
 LOSSES = tuple(
     Layer("loss", scale, dim, value_dim, 8, pictures=(256,), backward=False)
     for scale, dim, value_dim in ((2, 24, 16), (3, 56, 32), (4, 120, 64), (5, 184, 64))
 )
-LAYERS = VGG + LITE + UNEVEN + LOSSES
+LAYERS = VGG + LITE + STYLED + LOSSES

@@ -59,14 +59,13 @@ def test_windows_of_maps():
 
 @pytest.mark.parametrize("channels", (64, 512))
 def test_rounding(channels):
-    """At most eight times that of a plain convolution, over all outputs."""
+    """At most four times that of a plain convolution, over all outputs: 1.8 to 2.9 times were seen."""
     x, weight, bias = example(channels, 64, 3, (32, 32))
     exact = F.conv2d(x.double(), weight.double(), bias.double())
     error, plain = (
         (y - exact).square().mean().sqrt() for y in (Winograd(weight, bias)(x, False), F.conv2d(x, weight, bias))
     )
-    assert error < 8 * plain
-    assert error < 2e-6
+    assert error < 4 * plain
 
 
 @pytest.mark.parametrize("taps", (2, 3))
