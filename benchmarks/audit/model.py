@@ -1,6 +1,7 @@
 """Times of a launch on GPUs that are not here, from its machine code and its traffic. Everything here is modelled."""
 
 from dataclasses import dataclass
+from itertools import combinations
 
 from benchmarks.audit.shapes import Layer
 
@@ -32,6 +33,7 @@ class GPU:
 
 SUSTAINED = 0.9  # of the memory's bandwidth, as large copies reach
 CACHE_SHARE = 0.8  # of the second-level cache that data to be read again may take
+ROUNDING = 0.99  # of the bytes counted: small tiles are counted by less than 8 bytes a thread
 MOST_PADDING = 6  # times the useful products: heads padded to powers of two, blocks and their number to 16
 SCHEDULERS = 4
 INTEGER = 2  # cycles a warp of integer, comparison or selection instructions keeps its unit busy
@@ -48,27 +50,35 @@ class UnknownLoops(ValueError):
     """The loops of the machine code are not those of the source."""
 
 
-def executions(regions: list[dict], loops: list[float]) -> list[float]:
-    """How often a program runs through each region. loops: see traffic.Work."""
+def executions(regions: list[dict], loops: list[float], loaded: float) -> list[float]:
+    """How often a program runs through each region. loops: see traffic.Work; loaded: bytes a warp loads at least."""
     count = len(regions) - 1
     if count < len(loops):  # those that run once are none
         loops = [n for n in loops if n > 1]
     if count == len(loops):
         return [1, *loops]
+    loads = [region["counts"].get("load", 0) for region in regions]
     if len(loops) == 1 and count > 1:  # unrolled by the compiler, with a loop for the rest
-        loads = [region["counts"].get("load", 0) for region in regions[1:]]
-        least = min(x for x in loads if x)
-        main = loads.index(max(loads))
-        return [1, *(loops[0] * least / loads[main] if i == main else 0 for i in range(count))]
-    if count == 0 and all(n <= 32 for n in loops):  # unrolled
-        return [1]
-    raise UnknownLoops(f"{count} loops in the machine code, {len(loops)} in the source")
+        least = min(x for x in loads[1:] if x)
+        main = loads.index(max(loads[1:]), 1)
+        return [1, *(loops[0] * least / loads[main] if i == main else 0 for i in range(1, count + 1))]
+
+    def loads_of(times: tuple[float, ...]) -> float:
+        return sum(n * load for n, load in zip(times, loads, strict=True))
+
+    # Some are unrolled as a whole: those that are left must load enough, and none runs more often than it takes.
+    possible = [(1, *kept) for kept in combinations(loops, count)]
+    enough = [times for times in possible if loads_of(times) >= ROUNDING * loaded]
+    if not enough:
+        raise UnknownLoops(f"{count} loops in the machine code, {len(loops)} in the source")
+    return list(min(enough, key=loads_of))
 
 
 def totals(launch: dict) -> dict[str, float]:
     """Per warp of a program: instructions and bytes of machine_code.count, and cycles by where loads come from."""
     regions, found = launch["code"]["regions"], {}
-    times = executions(regions, launch["work"]["loops"])
+    warps = max(1, launch["work"]["active"]) * launch["code"]["warps"]
+    times = executions(regions, launch["work"]["loops"], first_loads(launch) / warps)
     for region, n in zip(regions, times, strict=True):
         for name, x in (*region["counts"].items(), *(("cycles " + k, x) for k, x in region["cycles"].items())):
             found[name] = found.get(name, 0) + n * x
@@ -212,7 +222,7 @@ def is_suspicious(launch: dict) -> bool:
         return False
     counts, warps = totals(launch), work["active"] * code["warps"]
     products = counts.get("HMMA", 0) + counts.get("HGMMA", 0)
-    too_few = counts.get("load", 0) * warps < 0.99 * first_loads(launch)  # of small tiles by less than 8 bytes a thread
+    too_few = counts.get("load", 0) * warps < ROUNDING * first_loads(launch)
     return too_few or (products > 0 and not 0.99 <= products * warps / work["flops"] <= MOST_PADDING)
 
 

@@ -271,6 +271,9 @@ def operation_section(name: str, modelled: list[Operation]) -> str:
         row = [f"{layer}, {picture} px", calls, number(need.bytes / 1e6), f"{first.estimate.asked / need.bytes:.2f}x",
                number((need.products + need.other) / 1e9)]  # fmt: skip
         for gpu in gpus:
+            if gpu.name not in found:  # not modelled, as the audit says
+                row += [""] * 5
+                continue
             x = found[gpu.name].estimate
             row += [
                 number(x.floor_seconds * MICRO),

@@ -95,12 +95,21 @@ def test_a_warp_waits_for_copies_to_shared_memory():
 
 def test_iterations_of_loops():
     regions = [{"counts": {"load": x}} for x in (0, 8, 2)]
-    assert model.executions(regions, [5, 40]) == [1, 5, 40]
-    assert model.executions(regions, [12]) == [1, 3, 0]  # unrolled four times
-    assert model.executions(regions[:2], [1, 40]) == [1, 40]  # the loop that runs once is gone
-    assert model.executions(regions[:1], [4]) == [1]
+    assert model.executions(regions, [5, 40], 0) == [1, 5, 40]
+    assert model.executions(regions, [12], 0) == [1, 3, 0]  # unrolled four times
+    assert model.executions(regions[:2], [1, 40], 0) == [1, 40]  # the loop that runs once is gone
+    assert model.executions(regions[:1], [4], 0) == [1]  # unrolled as a whole
     with pytest.raises(model.UnknownLoops):
-        model.executions(regions, [3, 4, 5])
+        model.executions(regions[:1], [4], 1)
+
+
+def test_iterations_of_loops_of_which_some_are_unrolled_as_a_whole():
+    """The loop that is left is the one that runs often enough to load what the source loads."""
+    regions = [{"counts": {"load": x}} for x in (4, 8)]
+    assert model.executions(regions, [2, 6], 4 + 6 * 8) == [1, 6]
+    assert model.executions(regions, [2, 6], 4 + 2 * 8) == [1, 2]
+    with pytest.raises(model.UnknownLoops):
+        model.executions(regions, [2, 6], 4 + 7 * 8)
 
 
 def test_memory_of_shared_reads():
