@@ -55,7 +55,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not autocast and suits_winograd(x, weight):
         B, _, H, W = x.shape
         out = torch.empty(B, len(weight), H - 2, W - 2, memory_format=torch.channels_last)
-        return Winograd(weight, bias)(x, relu=False, out=out)
+        return Winograd(weight, bias, (H, W))(x, relu=False, out=out)
     return F.conv2d(x, weight, bias)
 
 
@@ -69,8 +69,8 @@ def suits_winograd(x: Tensor, weight: Tensor) -> bool:
 def grad_of_padded(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of a convolution's padded input (B, C_in, H + 2, W + 2), by that of its output (B, C_out, H, W)."""
     if suits_winograd(grad, weight):
-        transposed = weight.flip(2, 3).transpose(0, 1)
-        return Winograd(transposed, weight.new_zeros(weight.shape[1]))(F.pad(grad, (2, 2, 2, 2)), relu=False)
+        transposed, padded = weight.flip(2, 3).transpose(0, 1), F.pad(grad, (2, 2, 2, 2))
+        return Winograd(transposed, weight.new_zeros(weight.shape[1]), padded.shape[2:])(padded, relu=False)
     B, C, H, W = x.shape
     padded = grad.new_empty(1).expand(B, C, H + 2, W + 2)  # its values do not count
     return gradients(grad, padded, weight.to(grad.dtype), (True, False, False))[0]
