@@ -154,7 +154,7 @@ def block_aggregate_fwd(
         block_aggregate_fwd_kernel[(rows * cols * num_heads, B)](
             key, value, alpha, beta, key_out, value_out, key.stride(), value.stride(), H, W,
             C // num_heads, value_dim, block_size, num_heads, is_large(key, value),
-            **aggregate_tiles(block_size, C // num_heads, value_dim),
+            **aggregate_tiles(block_size, C // num_heads, value_dim, key.element_size(), backward=False),
         )  # fmt: skip
     return key_out, value_out
 
@@ -178,6 +178,6 @@ def block_aggregate_bwd(
             key, value, alpha, beta, grad_key_agg, grad_value_agg, grad_key, grad_value, grad_alpha[0], grad_alpha[1],
             key.stride(), value.stride(), *(None if g is None else g.stride() for g in (grad_key, grad_value)), H, W,
             C // num_heads, value_dim, block_size, num_heads, is_large(key, value, *grads),
-            **aggregate_tiles(block_size, C // num_heads, value_dim, backward=True),
+            **aggregate_tiles(block_size, C // num_heads, value_dim, key.element_size(), backward=True),
         )  # fmt: skip
     return tuple(grad_alpha.sum(1))

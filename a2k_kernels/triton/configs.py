@@ -2,6 +2,8 @@
 
 from a2k_kernels.triton.tiles import tile_side
 
+SHARED_100_KIB = ("sm_86", "sm_89", "sm_120")
+
 
 def chunk_width(dim: int, element_size: int) -> int:
     """Channels per tile: all of them where they fit, else chunks of 64 bytes or more without much padding.
@@ -42,8 +44,9 @@ def attention_backward_tiles(block_size: int, dim: int, value_dim: int, element_
         tiles |= {"BLOCK_D": tile_side(dim), "BLOCK_DV": tile_side(value_dim)}
         if element_size == 4:
             is_small = tiles["BLOCK_N"] * max(tiles["BLOCK_D"], tiles["BLOCK_DV"]) <= 2048
-            return tiles | {"BLOCK_M": 16, "num_warps": 4 if is_small else 8, "num_stages": 1}
-        spills = arch == "sm_80" and max(dim, value_dim) <= 32  # ptxas, to fit a third program on a processor
+            has_registers = is_small or arch == "gfx942"  # a thread of gfx942 may have 512
+            return tiles | {"BLOCK_M": 16, "num_warps": 4 if has_registers else 8, "num_stages": 1}
+        spills = arch in ("sm_80", "sm_100") and max(dim, value_dim) <= 32  # ptxas, to fit one more on a processor
         return tiles | {"num_stages": 2 if spills else 1}
     if tiles["BLOCK_N"] > 64 or element_size == 4:
         widths = {"BLOCK_D": chunk_width(dim, element_size), "BLOCK_DV": chunk_width(value_dim, element_size)}
@@ -59,31 +62,36 @@ def fits_one_tile(block_size: int, dim: int, value_dim: int) -> bool:
 def match_tiles(n_query: int, n_key: int, depth: int, maps: int, element_size: int, arch: str) -> dict[str, int]:
     """block_match: BLOCK_M query blocks by BLOCK_N key blocks, BLOCK_K of the depth elements of a block at a time.
 
-    16 bit: tiles as large as registers allow, where there are enough of them for a GPU of 132 processors.
+    16 bit: tiles as large as registers allow, where there are enough of them for a GPU of 132 processors. Where shared
+    memory is 100 KiB, ptxas must be kept from spilling to fit more programs than that holds, or a second large one.
     """
     widest = 256 if arch == "sm_90" else 128
     if element_size == 2 and maps * -(-n_query // 128) * -(-n_key // widest) >= 128:
-        sides = {"BLOCK_M": 128, "BLOCK_N": widest, "num_warps": 8, "num_stages": 4}
+        sides = {"BLOCK_M": 128, "BLOCK_N": widest, "num_warps": 8}
+        sides["num_stages"] = 3 if arch in SHARED_100_KIB else 4
     else:
         sides = {"BLOCK_M": min(64, tile_side(n_query)), "BLOCK_N": min(64, tile_side(n_key))}
         smaller_tile = min(sides.values()) * min(32, tile_side(depth)) * element_size  # bytes; a thread moves 16
         sides["num_warps"] = min(4 if element_size == 2 else 8, smaller_tile // 512)
+        if element_size == 2 and arch in SHARED_100_KIB:
+            sides["maxnreg"] = 128
     return {"BLOCK_K": min(32, tile_side(depth)), "num_stages": 4} | sides
 
 
-def aggregate_tiles(block_size: int, dim: int, value_dim: int, backward: bool = False) -> dict[str, int]:
+def aggregate_tiles(block_size: int, dim: int, value_dim: int, element_size: int, backward: bool) -> dict[str, int]:
     """block_aggregate: all points of a block, channels in chunks of at most 8192 elements a tile.
 
-    Few warps, so that the sums over points are mostly sums within a thread.
+    Few warps, so that the sums over points are mostly sums within a thread; but backward 2 KiB a warp, for registers.
     """
     block_r = tile_side(block_size**2)
     widest = max(16, 8192 // block_r)
     block_d, block_dv = min(widest, tile_side(dim)), min(widest, tile_side(value_dim))
+    elements = block_r * max(block_d, block_dv)
     return {
         "BLOCK_R": block_r,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "num_warps": max(1, block_r * max(block_d, block_dv) // (1024 if backward else 2048)),
+        "num_warps": max(1, elements * element_size // 2048 if backward else elements // 2048),
     }
 
 
@@ -92,17 +100,17 @@ def distributed_tiles(n_key: int, dim: int, value_dim: int, element_size: int, a
 
     As for the query's gradient, but where registers suffice more queries share what is loaded of the keys. With three
     stages, keys are loaded a whole iteration ahead; where shared memory is 100 KiB, two programs are worth more.
-    With 128 registers a thread, two programs run on a processor.
+    With 128 registers a thread, two programs run on a processor, and with 128 keys none is left for a third stage.
     """
     tiles = distributed_query_tiles(n_key, dim, value_dim, element_size)
     if element_size == 4 or max(dim, value_dim) > 64:
         return tiles
     tiles |= {"BLOCK_M": 128, "num_warps": 8}
-    if arch != "sm_90":
-        return tiles | {"num_stages": 2}
-    if max(dim, value_dim) <= 32:
+    if arch == "sm_90" and max(dim, value_dim) <= 32:
         tiles |= {"BLOCK_N": min(128, tile_side(n_key)), "maxnreg": 128}
-    return tiles | {"num_stages": 3}
+    elif arch == "sm_90":
+        tiles["num_stages"] = 3
+    return tiles
 
 
 def distributed_query_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:

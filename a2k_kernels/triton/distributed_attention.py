@@ -24,30 +24,38 @@ from a2k_kernels.triton.tiles import (
 
 
 @triton.jit
+def rows_of(ptr, map_number, num_rows, DIM: tl.constexpr):
+    """Pointer to the rows of one map of a contiguous (maps, num_rows, DIM) tensor."""
+    return ptr + map_number.to(tl.int64) * num_rows * DIM
+
+
+@triton.jit
 def load_rows(
-    ptr, map_number, first, num_rows,
-    WHOLE: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, first, num_rows,
+    WHOLE: tl.constexpr, DIM: tl.constexpr, LARGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + BLOCK_N - 1 of one map of a contiguous (maps, num_rows, DIM) tensor.
+    """Rows first .. first + BLOCK_N - 1 of a contiguous (num_rows, DIM) matrix.
 
     The last row is repeated beyond the end, where there may be an end: if not WHOLE.
     """
-    start = ptr + (map_number.to(tl.int64) * num_rows + first) * DIM
     row, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     if not WHOLE:
         row = tl.minimum(row, num_rows - 1 - first)
-    return tl.load(start + row[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
+    # 32 bits if they do: with a counter of 64, a loop takes registers that some kernels lack.
+    start = rows_ptr + first * tl.full([], DIM, tl.int64 if LARGE else tl.int32)
+    pointers = start + row[:, None] * DIM + d[None, :]
+    return tl.load(pointers, mask=(d < DIM)[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
 
 
 @triton.jit
 def attend_to_tile(
-    q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
-    WHOLE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    q, keys, values, first, num_keys, factor, running_max, running_sum, out,
+    WHOLE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """(running_max, running_sum, out) after BLOCK_N more keys, or fewer if not WHOLE. factor >= 0."""
-    k = load_rows(key_ptr, map_number, first, num_keys, WHOLE, DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(value_ptr, map_number, first, num_keys, WHOLE, VALUE_DIM, BLOCK_N, BLOCK_DV)
+    k = load_rows(keys, first, num_keys, WHOLE, DIM, LARGE, BLOCK_N, BLOCK_D)
+    v = load_rows(values, first, num_keys, WHOLE, VALUE_DIM, LARGE, BLOCK_N, BLOCK_DV)
     scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
     new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
     weights = tl.exp2(scores * factor - new_max[:, None])  # [BLOCK_M, BLOCK_N]
@@ -82,16 +90,17 @@ def distributed_fwd_kernel(
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    keys, values = rows_of(key_ptr, map_number, num_keys, DIM), rows_of(value_ptr, map_number, num_keys, VALUE_DIM)
     whole = num_keys // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
         running_max, running_sum, out = attend_to_tile(
-            q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
-            True, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            q, keys, values, first, num_keys, factor, running_max, running_sum, out,
+            True, DIM, VALUE_DIM, PRECISION, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     for first in tl.range(whole, num_keys, BLOCK_N, num_stages=1):  # once or never
         running_max, running_sum, out = attend_to_tile(
-            q, key_ptr, value_ptr, map_number, first, num_keys, factor, running_max, running_sum, out,
-            False, DIM, VALUE_DIM, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            q, keys, values, first, num_keys, factor, running_max, running_sum, out,
+            False, DIM, VALUE_DIM, PRECISION, LARGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     out = out * (1.0 / running_sum)[:, None]  # a division a row
     store_tile(out_ptr, out_strides, out, batch, head, 0, row, col, exists, VALUE_DIM, BLOCK_DV, LARGE)
@@ -120,9 +129,10 @@ def distributed_bwd_query_kernel(
     lse = tl.load(lse_ptr + map_number.to(tl.int64) * height * width + point, mask=exists, other=0.0)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    keys, values = rows_of(key_ptr, map_number, num_keys, DIM), rows_of(value_ptr, map_number, num_keys, VALUE_DIM)
     for first in range(0, num_keys, BLOCK_N):
-        k = load_rows(key_ptr, map_number, first, num_keys, False, DIM, BLOCK_N, BLOCK_D)
-        v = load_rows(value_ptr, map_number, first, num_keys, False, VALUE_DIM, BLOCK_N, BLOCK_DV)
+        k = load_rows(keys, first, num_keys, False, DIM, LARGE, BLOCK_N, BLOCK_D)
+        v = load_rows(values, first, num_keys, False, VALUE_DIM, LARGE, BLOCK_N, BLOCK_DV)
         weights = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2E) - lse[:, None])
         weights = tl.where((first + tl.arange(0, BLOCK_N) < num_keys)[None, :], weights, 0.0)
         grad_weights = dot(grad_out, tl.trans(v), zeros, PRECISION)
@@ -144,8 +154,9 @@ def distributed_bwd_key_kernel(
     """
     tile, split, map_number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = map_number // NUM_HEADS, map_number % NUM_HEADS
-    k = load_rows(key_ptr, map_number, tile * BLOCK_N, num_keys, False, DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(value_ptr, map_number, tile * BLOCK_N, num_keys, False, VALUE_DIM, BLOCK_N, BLOCK_DV)
+    keys, values = rows_of(key_ptr, map_number, num_keys, DIM), rows_of(value_ptr, map_number, num_keys, VALUE_DIM)
+    k = load_rows(keys, tile * BLOCK_N, num_keys, False, DIM, LARGE, BLOCK_N, BLOCK_D)
+    v = load_rows(values, tile * BLOCK_N, num_keys, False, VALUE_DIM, LARGE, BLOCK_N, BLOCK_DV)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -197,7 +208,8 @@ def attend_fwd(
     with on_device(query):
         distributed_fwd_kernel[(-(-(H * W) // tiles["BLOCK_M"]) * num_heads, B)](
             query, keys, values, out, lse, query.stride(), out.stride(), H, W, num_keys, scale,
-            scale < 0, has_dense_rows(query, out), dim, value_dim, num_heads, precision, is_large(query, out), **tiles,
+            scale < 0, has_dense_rows(query, out), dim, value_dim, num_heads, precision,
+            is_large(query, out, keys, values), **tiles,
         )  # fmt: skip
     return lse
 
@@ -212,7 +224,7 @@ def attend_bwd(
     if B == 0:
         return tuple(torch.empty_like(x, dtype=torch.float32) for x in (keys, values)) if needs_keys else None
     tiles = without_spills(distributed_query_tiles(num_keys, dim, value_dim, query.element_size()), query)
-    large = is_large(query, out, grad_out)
+    large = is_large(query, out, grad_out, keys, values)
     inputs = (query, keys, values, out, lse, grad_out)
     strides = (query.stride(), out.stride(), grad_out.stride())
     shape = (dim, value_dim, num_heads, precision)

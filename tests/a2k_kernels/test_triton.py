@@ -116,9 +116,28 @@ def assert_equals_reference(case: Case, upstream_layout: str = "contiguous") -> 
     for out, plain_out, expected_out in zip(outs, plain, expected, strict=True):
         assert_as_accurate(out, plain_out, expected_out, "output", 1.0)
     for name in grads:
-        if name not in ("alpha", "beta"):  # which add up all of a map in float32
+        if name in ("alpha", "beta"):
+            values = (x[name] for x in (grads, plain_grads, expected_grads))
+            assert_scalar_as_accurate(*values, name, exact, upstream, dtype)
+        else:
             size = terms.get(name, 1.0)
             assert_as_accurate(grads[name], plain_grads[name], expected_grads[name], f"gradient of {name}", size)
+
+
+def assert_scalar_as_accurate(
+    actual: Tensor, plain: Tensor, expected: Tensor, name: str, exact: Case, upstream: list[Tensor], dtype: torch.dtype
+) -> None:
+    """At most twice the error of the formulas run in that dtype, and of a sum whose terms are rounded to it.
+
+    One number may be exact by luck, so the terms upstream * d out / d scalar are counted too, by central differences.
+    """
+    step, terms = 1e-4, 0.0
+    below, above = (exact.run("reference", **{name: exact.tensors[name].detach() + s}) for s in (-step, step))
+    for x, y, grad_out in zip(below, above, upstream, strict=True):
+        terms += ((y - x).detach() / (2 * step) * grad_out).square().sum().item()
+    allowed = 2 * (distance(plain, expected) + torch.finfo(dtype).eps * terms**0.5) + 1e-9
+    error = distance(actual, expected)
+    assert error <= allowed, f"gradient of {name}: {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_layouts(case: Case, outs: tuple[Tensor, ...], grads: dict[str, Tensor]) -> None:
