@@ -79,15 +79,29 @@ block_match writes and best_split reads and writes two numbers a block, block_ag
 REASONS = {
     limits.AGGREGATE_TIME: """Why block_aggregate breaks its limit where a map is small: styled relu5 at 1024 px are
 2.2 MB, which memory moves in 0.74 us, 1,350 cycles. All 1,024 programs run at once, one warp each, so the launch takes
-as long as a single warp: some 250 cycles until its loads are on their way, 600 until they arrive, 900 for three sums
-over points and a sigmoid, each of which needs the one before. More warps per block add barriers, which cost more.
-To launch a kernel takes longer than all of it.
+as long as a single warp, 1,740 cycles: some 250 until its loads are on their way, 600 until they arrive, 900 for three
+sums over points and a sigmoid, each of which needs the one before. At lite relu5 memory takes 2,040 cycles and a warp
+2,220 in bfloat16, but 2,660 in float16, where ptxas lets the loads of the key wait for those of the value. More warps
+per block add barriers, which cost more. To launch a kernel takes longer than all of it.
 """,
-    limits.DISTRIBUTED_TIME: """Why distributed_attention breaks its limit where a map is small: it is two launches,
-and at styled relu5, 1024 px, the floor of both together is 1.39 us. Attention cannot start before the aggregation (0.74
-us of memory) is over and needs 1.2 us for its exponentials alone, so that 1.4 times the floor is the least that two
-launches can take. Its 128 programs, one for each of most of the 132 processors, run once, each as long as a warp's
-chain of loads, product, maximum, exponential, product. At 4096 px 16 times as many programs hide each other's waiting.
+    limits.DISTRIBUTED_TIME: """Why distributed_attention breaks its limit: it is two launches, and attention cannot
+start before the aggregation is over.
+
+- relu5 of the small networks at 1024 px: the floor of both launches of styled relu5 is 1.39 us. Aggregation takes 0.74
+  us of memory at least and the exponentials 1.2 us, so that 1.4 times the floor is the least that two launches can
+  take. Its 128 programs, one for each of most of the 132 processors, run once, each as long as a warp's chain of
+  loads, product, maximum, exponential, product. At 4096 px 16 times as many programs hide each other's waiting.
+- Heads of 48 and 64 channels at 2048 px: the floor of vgg relu4, 139 us, is that of its products and at once of its
+  exponentials. The aggregation's 45 us of memory leave 1.17 times the floor for attention, in which tensor cores and
+  special units would both have to be busy 85% of the time. It takes 182 us, a cycle for each of 299 instructions of a
+  warp for 64 keys: 178 of them are the softmax (maximum, scaling, exponential, sum, half a conversion for each of 32
+  scores; the output scaled down), the others addresses, descriptors, fences and sums over threads. Shared memory,
+  from which the products read, needs 180 us as well. With 128 keys at a time it would be 157 and 150 us, but two such
+  programs on a processor lack registers: ptxas spills some and lets every product wait for the one before. At 4096 px
+  the aggregation is 8% of the floor, and the limit is kept.
+
+The floor counts memory. Against products and exponentials alone, of 8.7 us, vgg relu4 would take 2.9 times as long at
+1024 px, as its maps alone take 22 us to read and write.
 """,
 }
 
