@@ -24,7 +24,12 @@ def global_style_loss(output_features: list[Tensor], style_features: list[Tensor
     """
     with torch.no_grad():
         targets = style_statistics(style_features)
-    return sum(F.mse_loss(x, target) for x, target in zip(style_statistics(output_features), targets, strict=True))
+    return global_distance(style_statistics(output_features), targets)
+
+
+def global_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """`global_style_loss` of two results of `style_statistics`."""
+    return sum(F.mse_loss(x, target) for x, target in zip(statistics, targets, strict=True))
 
 
 def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
@@ -34,12 +39,21 @@ def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor
     A few channels of VGG16 fire rarely and then a hundred times stronger than the rest. On a step in which one does,
     the gradient of the plain loss is its alone, and a network trained from scratch loses the others.
     """
-    outputs, styles = (
-        style_statistics([compress(x) for x in features[:4]]) for features in (output_features, style_features)
-    )
+    with torch.no_grad():
+        targets = robust_statistics(style_features)
+    return robust_distance(robust_statistics(output_features), targets)
+
+
+def robust_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """`robust_style_loss` of two results of `robust_statistics`."""
     weights = [weight for weight in ROBUST_WEIGHTS for _ in range(2)]  # mean and deviation
-    pairs = zip(weights, outputs, styles, strict=True)
-    return sum(2 * weight * F.huber_loss(x, target.detach(), delta=SQUARED_UP_TO) for weight, x, target in pairs)
+    pairs = zip(weights, statistics, targets, strict=True)
+    return sum(2 * weight * F.huber_loss(x, target, delta=SQUARED_UP_TO) for weight, x, target in pairs)
+
+
+def robust_statistics(features: list[Tensor]) -> list[Tensor]:
+    """`style_statistics` of compressed features."""
+    return style_statistics([compress(x) for x in features[:4]])
 
 
 def style_statistics(features: list[Tensor]) -> list[Tensor]:
@@ -63,12 +77,18 @@ def compress(features: Tensor) -> Tensor:
 
 def content_loss(output_features: list[Tensor], content_features: list[Tensor]) -> Tensor:
     """Sum over relu4_1 and relu5_1 of the MSE between norm(output) and norm(content)."""
-    loss = 0.0
-    for output, content in zip(output_features[3:5], content_features[3:5], strict=True):
-        with torch.no_grad():
-            target = normalize(content)
-        loss = loss + F.mse_loss(normalize(output), target)
-    return loss
+    return content_distance(output_features, content_targets(content_features))
+
+
+@torch.no_grad()
+def content_targets(content_features: list[Tensor]) -> list[Tensor]:
+    """What `content_loss` compares norm(output) with."""
+    return [normalize(x) for x in content_features[3:5]]
+
+
+def content_distance(output_features: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """`content_loss` with the results of `content_targets`."""
+    return sum(F.mse_loss(normalize(x), target) for x, target in zip(output_features[3:5], targets, strict=True))
 
 
 def local_feature_loss(

@@ -1,24 +1,57 @@
 """The losses of one training batch, as a module that `DistributedDataParallel` can wrap."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from a2k.attention import at_least_float32
 from a2k.encoder import Encoder
 from a2k.losses import (
-    content_loss,
-    global_style_loss,
+    content_distance,
+    content_targets,
+    global_distance,
     hint_loss,
     local_loss,
     local_targets,
-    robust_style_loss,
+    robust_distance,
+    robust_statistics,
+    style_statistics,
 )
 from a2k.model import StyA2K
 from a2k.train_options import Recipe
 
 PIXEL_WEIGHT = 10.0  # of copying, beside 1 for the hints
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the features of the outputs of some pairs are compared with; empty where the recipe does not ask for it.
+
+    style: the painting's statistics. content: see `content_targets`. local: see `local_targets`.
+    """
+
+    style: list[Tensor]
+    content: list[Tensor]
+    local: list[Tensor]
+
+
+class WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to x is known."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None
 
 
 class TrainingLosses(nn.Module):
@@ -54,7 +87,9 @@ class TrainingLosses(nn.Module):
             self.hints.extend(nn.Conv2d(*pair, 1) for pair in widths)
 
     def forward(self, content: Tensor, style: Tensor) -> dict[str, Tensor]:
-        """content, style: (B, 3, crop, crop). Returns every loss at weight 1, and their weighted sum as "total"."""
+        """content, style: (B, 3, crop, crop). Returns every loss at weight 1, and their weighted sum as "total", which
+        alone has a gradient.
+        """
         with torch.autocast(content.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             images = torch.cat([content, style])
             return self._copying(images) if self.autoencoding else self._style(images)
@@ -74,29 +109,79 @@ class TrainingLosses(nn.Module):
 
     def _style(self, images: Tensor) -> dict[str, Tensor]:
         recipe, batch = self.recipe, len(images) // 2
-        with torch.no_grad():
-            targets = self.perceptual(images)
-        content_targets, style_targets = ([x[part] for x in targets] for part in (slice(batch), slice(batch, None)))
-        if recipe.local_weight:  # before anything is kept for the backward pass
-            options = {"keys": recipe.keys, "backend": self.backend}
-            expected = local_targets(content_targets, style_targets, **options)
-        features = targets if self.shares_encoder else self.model.encoder(images)
+        features, targets = self._targets(images)
+        if not self.shares_encoder:
+            features = self.model.encoder(images)
         output = self._decode(self.model.transform([x[:batch] for x in features], [x[batch:] for x in features]))
-        output_features = self._encode(output)
-        style_loss = robust_style_loss if recipe.robust else global_style_loss
-        losses = {"global": style_loss(output_features, style_targets)}
-        if recipe.local_weight:
-            losses["local"] = local_loss(output_features, expected)
-        if recipe.content_weight:
-            losses["content"] = content_loss(output_features, content_targets)
+        losses, total = self._compare(output, targets)
         if recipe.identity_weight:  # of every second pair, in turn the photo and the painting
             own = torch.arange(0, batch, 2, device=images.device)
             own[1::2] += batch
             own_features = [x[own] for x in features]
             copy = self._decode(self.model.transform(own_features, own_features))
             losses["identity"] = F.l1_loss(at_least_float32(copy), images[own])
-        total = sum(getattr(recipe, f"{name}_weight") * loss for name, loss in losses.items())
+            total = total + recipe.identity_weight * losses["identity"]
         return losses | {"total": total}
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor) -> tuple[list[Tensor], list[Targets]]:
+        """The perceptual network's features of all pictures, those of relu1_1 and relu2_1 left empty as only the losses
+        need them; and what every group of pairs is compared with.
+        """
+        groups, targets = [], []
+        for content, style in zip(*(half.split(self._pairs(images)) for half in images.chunk(2)), strict=True):
+            maps = self.perceptual(torch.cat([content, style]))
+            of_content, of_style = zip(*(x.chunk(2) for x in maps), strict=True)
+            targets.append(self._targets_of(of_content, of_style))
+            groups.append([x[:, :0] for x in maps[:2]] + maps[2:])
+        features = [
+            torch.cat([x.chunk(2)[half] for half in (0, 1) for x in maps]) for maps in zip(*groups, strict=True)
+        ]
+        return features, targets
+
+    def _targets_of(self, content: list[Tensor], style: list[Tensor]) -> Targets:
+        """Of the features of some pairs."""
+        recipe, local = self.recipe, []
+        if recipe.local_weight:
+            local = local_targets(content, style, keys=recipe.keys, backend=self.backend)
+        statistics = robust_statistics(style) if recipe.robust else style_statistics(style)
+        return Targets(statistics, content_targets(content) if recipe.content_weight else [], local)
+
+    def _compare(self, output: Tensor, targets: list[Targets]) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of the output, without gradient, and their weighted sum, with one.
+
+        The losses are means over pairs. So a few pairs at a time go through the perceptual network and back, and what
+        it keeps for the way back is theirs only.
+        """
+        losses, gradients = {}, []
+        for group, target in zip(output.detach().split(self._pairs(output)), targets, strict=True):
+            share = len(group) / len(output)
+            group.requires_grad_()
+            with torch.enable_grad():
+                found = self._compare_group(self._encode(group), target)
+                total = sum(getattr(self.recipe, f"{name}_weight") * loss for name, loss in found.items())
+            with torch.autocast(output.device.type, enabled=False):
+                gradients.append(share * torch.autograd.grad(total, group)[0])
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0) + share * loss.detach()
+        total = sum(getattr(self.recipe, f"{name}_weight") * loss for name, loss in losses.items())
+        return losses, WithGradient.apply(output, torch.cat(gradients), total)
+
+    def _compare_group(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Losses of some outputs' features."""
+        if self.recipe.robust:
+            losses = {"global": robust_distance(robust_statistics(features), targets.style)}
+        else:
+            losses = {"global": global_distance(style_statistics(features), targets.style)}
+        if self.recipe.local_weight:
+            losses["local"] = local_loss(features, targets.local)
+        if self.recipe.content_weight:
+            losses["content"] = content_distance(features, targets.content)
+        return losses
+
+    def _pairs(self, images: Tensor) -> int:
+        """How many are compared at a time: on a processor one is enough to keep it busy."""
+        return 1 if images.device.type == "cpu" else len(images)
 
     def _decode(self, features: list[Tensor]) -> Tensor:
         return self._run(self.model.decoder, *features)

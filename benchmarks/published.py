@@ -126,12 +126,10 @@ def local_loss(output: list[Tensor], content: list[Tensor], style: list[Tensor])
 
 
 def training_losses(model: StyA2K, content: Tensor, style: Tensor) -> dict[str, Tensor]:
-    """The two losses of a training step, at weight 1. content, style: RGB, (B, 3, H, W)."""
+    """The two losses of a training step, at weight 1, and their weighted sum. content, style: RGB, (B, 3, H, W)."""
     content_features, style_features = encode(model, content), encode(model, style)
     layers = (model.a2k3, model.a2k4, model.a2k5)
     maps = zip(layers, content_features[2:], style_features[2:], strict=True)
     output = encode(model, decode(model, *(a2k_layer(layer, c, s) for layer, c, s in maps)))
-    return {
-        "global": global_loss(output, style_features),
-        "local": local_loss(output, content_features, style_features),
-    }
+    of_style, local = global_loss(output, style_features), local_loss(output, content_features, style_features)
+    return {"global": of_style, "local": local, "total": 10 * of_style + 1.25 * local}

@@ -74,10 +74,10 @@ class Training:
 
     def step(self) -> list[float]:
         """One step; returns the two losses."""
-        recipe, losses = RECIPES["vgg19"], self.losses(*self.batch)
+        losses = self.losses(*self.batch)
         self.optimizer.zero_grad()
-        (recipe.global_weight * losses["global"] + recipe.local_weight * losses["local"]).backward()
-        nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
+        losses["total"].backward()
+        nn.utils.clip_grad_norm_(self.parameters, RECIPES["vgg19"].clip)
         self.optimizer.step()
         return [losses[name].item() for name in ("global", "local")]
 
