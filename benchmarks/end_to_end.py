@@ -87,6 +87,43 @@ def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     return Measurement(arrangement, size, style_size, min(seconds), peak, work(size, style_size) / rate)
 
 
+STAGES = {  # of FusedStyA2K: what is timed, and where it is called from
+    "encoder": ("FusedStyA2K", "_encode"),
+    "keys of the style": ("FusedA2K", "style_keys"),
+    "projections of queries": (None, "project"),
+    "distributed attention": (None, "attend_aggregates"),
+    "matching and block attention": (None, "progressive_attention"),
+    "projections of results": (None, "add_projected"),
+    "decoder": ("FusedDecoder", "run"),
+}
+
+
+def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
+    """Seconds of the stages of one picture, its style included, in this process; the second of two runs."""
+    from a2k import inference
+
+    (run, _), content, style = network(arrangement), picture(size), picture(size)
+    spent = dict.fromkeys(STAGES, 0.0)
+
+    def timed(stage: str, function):
+        def call(*args, **options):
+            started = time.perf_counter()
+            result = function(*args, **options)
+            spent[stage] += time.perf_counter() - started
+            return result
+
+        return call
+
+    for stage, (owner, name) in STAGES.items():
+        place = getattr(inference, owner) if owner else inference
+        setattr(place, name, timed(stage, getattr(place, name)))
+    with torch.inference_mode():
+        for _ in range(2):
+            spent.update(dict.fromkeys(STAGES, 0.0))
+            run(content, style)
+    return spent
+
+
 def convolution_rate(dtype: torch.dtype) -> float:
     """Operations per second of a 3x3 convolution of 256 channels."""
     x, weight = torch.randn(1, 256, 64, 64, dtype=dtype), torch.randn(256, 256, 3, 3, dtype=dtype)
