@@ -87,41 +87,59 @@ def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     return Measurement(arrangement, size, style_size, min(seconds), peak, work(size, style_size) / rate)
 
 
-STAGES = {  # of FusedStyA2K: what is timed, and where it is called from
-    "encoder": ("FusedStyA2K", "_encode"),
-    "keys of the style": ("FusedA2K", "style_keys"),
-    "projections of queries": (None, "project"),
-    "distributed attention": (None, "attend_aggregates"),
-    "matching and block attention": (None, "progressive_attention"),
-    "projections of results": (None, "add_projected"),
-    "decoder": ("FusedDecoder", "run"),
+STAGES = {  # of FusedStyA2K: functions of `a2k.inference`, and methods of its classes
+    "encoder": "FusedStyA2K._encode",
+    "style's keys": "FusedA2K.style_keys",
+    "queries": "project",
+    "distributed attention": "attend_aggregates",
+    "progressive attention": "progressive_attention",
+    "results' projections": "add_projected",
+    "decoder": "FusedDecoder.run",
 }
+STAGES_SIZE = 1024
 
 
 def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
-    """Seconds of the stages of one picture, its style included, in this process; the second of two runs."""
+    """Seconds of the stages of one picture, its style included, in this process, by the second of two runs."""
     from a2k import inference
 
     (run, _), content, style = network(arrangement), picture(size), picture(size)
-    spent = dict.fromkeys(STAGES, 0.0)
+    spent, inside = {}, []
 
     def timed(stage: str, function):
         def call(*args, **options):
+            if inside:  # a part of another stage
+                return function(*args, **options)
+            inside.append(stage)
             started = time.perf_counter()
             result = function(*args, **options)
-            spent[stage] += time.perf_counter() - started
+            spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - started
+            inside.clear()
             return result
 
         return call
 
-    for stage, (owner, name) in STAGES.items():
-        place = getattr(inference, owner) if owner else inference
-        setattr(place, name, timed(stage, getattr(place, name)))
+    for stage, place in STAGES.items():
+        owner, _, name = place.rpartition(".")
+        owner = getattr(inference, owner) if owner else inference
+        setattr(owner, name, timed(stage, getattr(owner, name)))
     with torch.inference_mode():
         for _ in range(2):
-            spent.update(dict.fromkeys(STAGES, 0.0))
+            spent.clear()
             run(content, style)
     return spent
+
+
+def stage_table() -> str:
+    """Seconds of every stage at STAGES_SIZE, a row per stage, a column per arrangement of ours."""
+    columns = {}
+    for arrangement in ARRANGEMENTS[1:]:
+        command = [sys.executable, __file__, "--stages", arrangement]
+        columns[arrangement] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    lines = [f"| {STAGES_SIZE} px, seconds | {' | '.join(columns)} |", "| --- | ---: | ---: | ---: |"]
+    for stage in STAGES:
+        lines.append(f"| {stage} | {' | '.join(f'{spent[stage]:.2f}' for spent in columns.values())} |")
+    return "\n".join(lines)
 
 
 def convolution_rate(dtype: torch.dtype) -> float:
@@ -218,7 +236,7 @@ def plot(found: list[Measurement], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
-def page(found: list[Measurement], command: str) -> str:
+def page(found: list[Measurement], stages: str, command: str) -> str:
     cores = torch.get_num_threads()
     return f"""# Performance
 
@@ -246,7 +264,16 @@ of one 3x3 convolution of 256 channels, measured in the same process: a floor fo
 {floor_table(found)}
 
 Ours computes less than the published arrangement: a convolution after upsampling is done before it, with 4/9 of the
-operations, and the projections of a style are made once for all its photos.
+operations, and the projections of a style are made once for all its photos. In float32, and for wide layers in
+bfloat16, minimal filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the multiplications of a 3x3
+convolution, and gets about half of its time.
+
+Where the time goes, style and content of one size:
+
+{stages}
+
+Encoder and decoder are what the published network is mostly made of; whoever wants less time than they take needs a
+smaller network.
 """
 
 
@@ -263,14 +290,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--one", nargs=3, metavar=("ARRANGEMENT", "SIZE", "STYLE_SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--stages", choices=ARRANGEMENTS[1:], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.stages:
+        print(json.dumps(stage_seconds(arguments.stages, STAGES_SIZE)))
+        return
     if arguments.one:
         arrangement, size, style_size = arguments.one
         print(json.dumps(asdict(measure(arrangement, int(size), int(style_size)))))
         return
     found = measure_all(tuple(arguments.sizes), arguments.rounds)
     plot(found, arguments.output.with_suffix(".png"))
-    arguments.output.write_text(page(found, "make performance"))
+    arguments.output.write_text(page(found, stage_table(), "make performance"))
     print(table(found))
 
 
