@@ -135,12 +135,17 @@ def distributed_query_tiles(n_key: int, dim: int, value_dim: int, element_size: 
     }
 
 
-def distributed_key_tiles(n_key: int, dim: int, value_dim: int, element_size: int) -> dict[str, int]:
-    """distributed_attention, gradients of the keys: two accumulators more, so more warps share them."""
+def distributed_key_tiles(n_key: int, dim: int, value_dim: int, element_size: int, arch: str) -> dict[str, int]:
+    """distributed_attention, gradients of the keys: two accumulators more, so more warps share them.
+
+    Where shared memory is 100 KiB, it holds three programs, and ptxas must be kept from spilling to fit more.
+    """
     tiles = distributed_query_tiles(n_key, dim, value_dim, element_size)
     widest = max(tiles["BLOCK_D"], tiles["BLOCK_DV"])
-    if element_size == 4 or widest <= 32:
+    if element_size == 4:
         return tiles
+    if widest <= 32:
+        return tiles | ({"maxnreg": 168} if arch in SHARED_100_KIB else {})
     return tiles | {"num_warps": 8, "num_stages": 2 if widest <= 128 else 1}
 
 

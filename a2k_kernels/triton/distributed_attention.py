@@ -236,7 +236,9 @@ def attend_bwd(
             )  # fmt: skip
         if not needs_keys:
             return None
-        tiles = without_spills(distributed_key_tiles(num_keys, dim, value_dim, query.element_size()), query)
+        tiles = without_spills(
+            distributed_key_tiles(num_keys, dim, value_dim, query.element_size(), architecture(query)), query
+        )
         query_tiles, key_tiles = -(-(H * W) // tiles["BLOCK_M"]), -(-num_keys // tiles["BLOCK_N"])
         splits = distributed_splits(key_tiles * maps, query_tiles)
         grad_keys = torch.empty((splits, *keys.shape), dtype=torch.float32, device=query.device)
