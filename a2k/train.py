@@ -1,9 +1,11 @@
 """Training: the published losses on random crops, with checkpoints, samples and logs (see `a2k train --help`)."""
 
 import copy
+import math
 import signal
 import sys
 import time
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from a2k.validation import VALIDATION_PAIRS, Validation
 
 STANDARDIZE_PAIRS = 64  # pairs of crops from which a styled decoder learns what is usual
 STANDARDIZE_STEPS = 25  # between its lessons while the encoder changes
+MOST_DROPPED = 10  # gradients in a row that are not finite: then it is not for single pictures
 SAMPLE_FILES = 4  # rows and columns of the sample grid
 SAMPLE_SIZE = 256  # pixels, long side
 
@@ -63,6 +66,7 @@ class Trainer:
         self.samples = [[sample(image) for image in images[:SAMPLE_FILES]] for images in held]
         self.style_start = 0 if options.weights else self.recipe.autoencode_steps  # step of the first style loss
         self.step, self.best = 0, float("inf")
+        self.dropped = 0  # gradients in a row that were not finite
         self.stop_requested = self.stopping = False  # here; agreed on by all processes
         self.losses = TrainingLosses(
             self.model,
@@ -187,15 +191,28 @@ class Trainer:
         numbers = torch.stack([*losses.values(), norm, norm.new_tensor(self.stop_requested)])
         *values, norm, stopping = self.processes.mean(numbers).tolist()  # the step's only wait for a GPU
         entry = {name: significant(value) for name, value in zip(losses, values, strict=True)}
-        for name, value in (("loss", entry.pop("total")), ("gradient's norm", norm)):
-            if not abs(value) < float("inf"):
-                raise TrainingError(f"the {name} is {value} at step {self.step + 1}; lower --lr and --resume")
+        self._check(entry.pop("total"), norm)
         self.optimizer.step()
         self.step += 1
         self.stopping = stopping > 0
         self._update_average()
         seconds = round(time.perf_counter() - started, 4)
         return {"step": self.step, "global": None, "local": None, **entry, "lr": lr, "seconds": seconds}
+
+    def _check(self, loss: float, norm: float) -> None:
+        """Raises TrainingError for a loss or for several gradients in a row that are not finite.
+
+        A single gradient that is not, as of a picture of one colour, whose maps have no deviation to divide by, is
+        dropped: a run that was resumed would meet that picture again.
+        """
+        self.dropped = 0 if math.isfinite(norm) else self.dropped + 1
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {self.step + 1}; lower --lr and --resume")
+        if self.dropped == MOST_DROPPED:
+            raise TrainingError(f"the gradient's norm is {norm} up to step {self.step + 1}; lower --lr and --resume")
+        if self.dropped:
+            warnings.warn(f"the gradient's norm is {norm} at step {self.step + 1}; it is dropped", stacklevel=2)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _begin_style(self) -> None:
         self._begin_phase()

@@ -578,6 +578,33 @@ def test_a_loss_that_is_nan_stops_the_run(options):
     torch.testing.assert_close(tensors_of(options.output), before, rtol=0, atol=0)
 
 
+def test_gradients_that_are_not_finite(options, monkeypatch):
+    """Some are dropped, as of pictures of one colour; many in a row end the run."""
+    clip, norms = torch.nn.utils.clip_grad_norm_, [float("inf"), float("nan"), None] + 10 * [float("inf")]
+
+    def clip_grad_norm(parameters, most):
+        norm, forced = clip(parameters, most), norms.pop(0)
+        return norm if forced is None else norm.new_tensor(forced)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm)
+    trainer = Trainer(replace(options, steps=20))
+    parameters = trainer.model.decoder.parameters
+    before = [x.detach().clone() for x in parameters()]
+    batch = [torch.stack(x) for x in zip(*(trainer.data[i] for i in range(trainer.step_size)), strict=True)]
+    for step in (1, 2):
+        with pytest.warns(UserWarning, match=f"norm is (inf|nan) at step {step}; it is dropped"):
+            trainer.train_step(*batch)
+        torch.testing.assert_close(list(parameters()), before, rtol=0, atol=0)
+    trainer.train_step(*batch)
+    assert any((x != y).any() for x, y in zip(parameters(), before, strict=True))
+    with (
+        pytest.warns(UserWarning, match="it is dropped"),
+        pytest.raises(TrainingError, match="norm is inf up to step 13; lower --lr and --resume"),
+    ):
+        for _ in range(10):
+            trainer.train_step(*batch)
+
+
 def test_without_matplotlib(capsys, command, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "training plots its losses with matplotlib; pip install 'a2k[train]'" in refusal(capsys, *command)
