@@ -339,9 +339,9 @@ rate of a convolution, without exponentials, sums and searches for the largest s
 
 {layers}
 
-`StyleTransfer(compile=True)` runs the plain network through torch.compile. It is meant for GPUs: on two cores, with torch
-2.13, a picture of 384 px took it 1.67 s, the plain network 1.50 s, as compiled convolutions are plain ones, and what
-runs without `compile` 1.08 s (once, published size).
+`StyleTransfer(compile=True)` runs the plain network through torch.compile. It is meant for GPUs: on two cores, with
+torch 2.13, a picture of 384 px took it 1.67 s, the plain network 1.50 s, as compiled convolutions are plain ones, and
+what runs without `compile` 1.08 s (once, published size).
 """
 
 
