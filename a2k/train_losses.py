@@ -133,7 +133,7 @@ class TrainingLosses(nn.Module):
             maps = self.perceptual(torch.cat([content, style]))
             of_content, of_style = zip(*(x.chunk(2) for x in maps), strict=True)
             targets.append(self._targets_of(of_content, of_style))
-            groups.append([x[:, :0] for x in maps[:2]] + maps[2:])
+            groups.append([x.new_empty(len(x), 0, *x.shape[2:]) for x in maps[:2]] + maps[2:])
         features = [
             torch.cat([x.chunk(2)[half] for half in (0, 1) for x in maps]) for maps in zip(*groups, strict=True)
         ]
@@ -159,13 +159,16 @@ class TrainingLosses(nn.Module):
             group.requires_grad_()
             with torch.enable_grad():
                 found = self._compare_group(self._encode(group), target)
-                total = sum(getattr(self.recipe, f"{name}_weight") * loss for name, loss in found.items())
+                total = share * self._weighted(found)
             with torch.autocast(output.device.type, enabled=False):
-                gradients.append(share * torch.autograd.grad(total, group)[0])
+                gradients.extend(torch.autograd.grad(total, group))
             for name, loss in found.items():
                 losses[name] = losses.get(name, 0) + share * loss.detach()
-        total = sum(getattr(self.recipe, f"{name}_weight") * loss for name, loss in losses.items())
-        return losses, WithGradient.apply(output, torch.cat(gradients), total)
+        return losses, WithGradient.apply(output, torch.cat(gradients), self._weighted(losses))
+
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        """Their sum, weighted as the recipe says."""
+        return sum(getattr(self.recipe, f"{name}_weight") * loss for name, loss in losses.items())
 
     def _compare_group(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         """Losses of some outputs' features."""
