@@ -37,8 +37,8 @@ def set_tiles(monkeypatch, elements: int) -> None:
     monkeypatch.setitem(inference.BAND_ELEMENTS, "cpu", elements)
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=relative * max(1, expected.abs().max().item()))
 
 
 def assert_as_exact(actual: torch.Tensor, model: StyA2K, *inputs: object) -> None:
@@ -150,7 +150,11 @@ def test_nan_is_an_error(model):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("residual", attention.RESIDUALS)
 def test_module(residual, seed, monkeypatch):
-    """One A2K module, keys and queries folded, in bands of any height."""
+    """One A2K module, keys and queries folded, in bands of any height.
+
+    Weights that norm() is folded into multiply the rounding of a channel by its mean over its deviation: 950 where a
+    channel of a small map is constant. A third of that was seen.
+    """
     print("seed", seed)
     rng = random.Random(seed)
     monkeypatch.setitem(inference.BAND_ELEMENTS, "cpu", rng.choice((1, 2000, 1 << 22)))
@@ -167,7 +171,8 @@ def test_module(residual, seed, monkeypatch):
         statistics[-1].add(x)
     work = fused.redraw(content, statistics[0], fused.style_keys(style, statistics[1]), 1.0)
     assert sum(work) > 0
-    assert_near(content, expected)
+    largest = max((x.center.abs() / x.deviation).max().item() for x in statistics)
+    assert_near(content, expected, max(1e-5, torch.finfo(torch.float32).eps * largest))
 
 
 @pytest.mark.parametrize("piece", (1, 400, 1 << 20))
