@@ -77,6 +77,7 @@ def add_loss_options(group) -> None:
     )
     group.add_argument("--local-weight", type=float, metavar="W", help="of the local feature loss")
     group.add_argument("--content-weight", type=float, metavar="W", help="of the content loss")
+    group.add_argument("--sharpness-weight", type=float, metavar="W", help="of the loss of grain and fine strokes")
     group.add_argument("--identity-weight", type=float, metavar="W", help="of the identity loss")
     group.add_argument("--keys", choices=("cumulative", "own"), help="features that the local loss compares")
     group.add_argument("--autoencode-steps", type=int, metavar="N", help="first steps that only copy the photo")
@@ -86,7 +87,7 @@ def add_step_options(group) -> None:
     group.add_argument("--steps", type=int, default=160_000, metavar="N", help="in all (%(default)s)")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="pairs of a batch (%(default)s)")
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches of a step (%(default)s)")
-    group.add_argument("--lr", type=float, help="learning rate (5e-4 for lite, 1e-3 for styled, else 2e-4)")
+    group.add_argument("--lr", type=float, help="learning rate (5e-4 for lite and styled, else 2e-4)")
     group.add_argument(
         "--schedule",
         choices=("linear", "constant", "cosine", "published"),

@@ -12,13 +12,18 @@ from a2k.encoder import ENCODER_DEPTHS
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}
 
 STYLE_FEATURES = 256  # width of the hidden layer between a style's statistics and the scales and shifts it sets
-RESIDUAL_BLOCKS = 2
+RESIDUAL_BLOCKS = {4: 2, 3: 3}  # by scale
 LEAST_DEVIATION = 0.01  # of a statistic, between styles
 
 
 def upsample(x: Tensor) -> Tensor:
     """Twice the height and width, nearest neighbour."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def upsample_smoothly(x: Tensor) -> Tensor:
+    """Twice the height and width, bilinear: what equal pairs of points leave in a picture is seen at full size."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 class Decoder(nn.Module):
@@ -86,7 +91,8 @@ class StyledConv(nn.Module):
 class StyledDecoder(nn.Module):
     """The decoder of `styled` networks: the style sets the statistics of its maps too, and edges come from relu2_1.
 
-    `merge` and `conv4_1` as in `Decoder`; then residual blocks at scale 3, and one convolution each at scales 2 and 1.
+    `merge` and `conv4_1` as in `Decoder`, with residual blocks at scales 4 and 3, and one convolution each at scales 2
+    and 1. The result is luminance and colour differences, whose scale is left to `a2k.colors`.
     """
 
     def __init__(self, channels: tuple[int, ...]) -> None:
@@ -97,12 +103,13 @@ class StyledDecoder(nn.Module):
         self.register_buffer("vector_deviation", torch.ones(statistics))
         self.style = nn.Linear(statistics, STYLE_FEATURES)
         self.merge = conv3x3(c4, c4)
+        self.blocks4 = residual_blocks(c4, RESIDUAL_BLOCKS[4])
         self.conv4_1 = conv3x3(c4, c3)
         self.join = StyledConv(2 * c3, c3)
-        self.blocks = nn.ModuleList(StyledConv(c3, c3) for _ in range(2 * RESIDUAL_BLOCKS))
+        self.blocks3 = residual_blocks(c3, RESIDUAL_BLOCKS[3])
         self.conv3_1 = StyledConv(c3 + c2, c2)
-        self.conv2_1 = conv3x3(c2, c1)
-        self.conv1_1 = StyledConv(c1, 3)
+        self.conv2_1 = nn.Conv2d(c2, c1, 3, padding=1, padding_mode="replicate")
+        self.conv1_1 = conv3x3(c1, 3)
 
     @torch.no_grad()
     def standardize(self, vectors: Tensor) -> None:
@@ -122,13 +129,26 @@ class StyledDecoder(nn.Module):
         return F.relu(self.style(vector.to(self.style.weight.dtype))) / self.style.out_features**0.5
 
     def forward(self, x3: Tensor, x4: Tensor, x5: Tensor, x2: Tensor, vector: Tensor) -> Tensor:
-        """x2: (B, c2, 8h, 8w), vector: (B, D) of `style_vector`; the rest and the result as for `Decoder`."""
+        """x2: (B, c2, 8h, 8w), vector: (B, D) of `style_vector`; the rest as for `Decoder`.
+
+        Returns luminance and colour differences (B, 3, 16h, 16w).
+        """
         style = self.style_features(vector)
-        x = self.merge(x4 + upsample(x5))
+        x = add_blocks(self.blocks4, self.merge(x4 + upsample(x5)), style)
         x = upsample(F.relu(self.conv4_1(x), inplace=True))
-        x = F.relu(self.join(torch.cat([x, x3], 1), style))
-        for first, second in zip(self.blocks[::2], self.blocks[1::2], strict=True):
-            x = x + second(F.relu(first(x, style)), style)
+        x = add_blocks(self.blocks3, F.relu(self.join(torch.cat([x, x3], 1), style)), style)
         x = F.relu(self.conv3_1(torch.cat([upsample(x), x2], 1), style))
-        x = F.relu(self.conv2_1(upsample(x)), inplace=True)
-        return self.conv1_1(x, style)
+        x = F.relu(self.conv2_1(upsample_smoothly(x)), inplace=True)
+        return self.conv1_1(x)
+
+
+def residual_blocks(channels: int, count: int) -> nn.ModuleList:
+    """Two convolutions for each block."""
+    return nn.ModuleList(StyledConv(channels, channels) for _ in range(2 * count))
+
+
+def add_blocks(blocks: nn.ModuleList, x: Tensor, style: Tensor) -> Tensor:
+    """x after the residual blocks, each of which adds what its two convolutions make of it."""
+    for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+        x = x + second(F.relu(first(x, style)), style)
+    return x

@@ -1,7 +1,7 @@
 """Encoders: five feature maps relu1_1 .. relu5_1 of an image, each half the size of the one before.
 
-`vgg19` and `vgg16` are the perceptual networks (frozen); `lite` and `styled` are small ones of the same form. `lite` is
-trained with the rest of its network, `styled` learns from a perceptual one and is then frozen.
+`vgg19` and `vgg16` are the perceptual networks (frozen); `lite` and `styled` are small ones of the same form, trained
+with the rest of their networks. `styled` first learns from a perceptual one.
 """
 
 import torch.nn.functional as F

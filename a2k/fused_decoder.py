@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from a2k.decoder import Decoder, StyledConv, StyledDecoder
 from a2k.statistics import Statistics
 from a2k.storage import Storage
-from a2k.tiling import Chain, Conv, JoinConv, Size, UpsampleConv, Window, layer_window, upsampled
+from a2k.tiling import Chain, Conv, JoinConv, Size, SmoothUpsampleConv, UpsampleConv, Window, layer_window, upsampled
 
 BAND_ROWS = 32  # of a map that is scaled in place
 
@@ -75,13 +75,6 @@ def read_scaled(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Read:
     return read
 
 
-def merge_chain(decoder: Decoder | StyledDecoder) -> Chain:
-    """From the sum of scales 4 and 5 to what is upsampled to scale 3."""
-    merge, conv4_1 = decoder.merge, decoder.conv4_1
-    layers = [Conv(merge.weight, merge.bias, relu=False), Conv(conv4_1.weight, conv4_1.bias)]
-    return Chain(layers, merge.in_channels)
-
-
 class JoinedConv:
     """3x3 convolution of a coarse map, upsampled by two, beside a fine one."""
 
@@ -116,7 +109,9 @@ class FusedDecoder:
                 *(Conv(x.weight, x.bias, x is not last) for x in rest),
             ]
 
-        self.merge = merge_chain(decoder)
+        merge, conv4_1 = decoder.merge, decoder.conv4_1
+        layers4 = [Conv(merge.weight, merge.bias, relu=False), Conv(conv4_1.weight, conv4_1.bias)]
+        self.merge = Chain(layers4, merge.in_channels)
         joint, *rest = convs(3)
         self.join = JoinedConv(joint, decoder.conv4_1.out_channels, relu=True)
         self.rest = [Conv(x.weight, x.bias) for x in rest]
@@ -169,24 +164,27 @@ class FusedStyledDecoder:
 
     def __init__(self, decoder: StyledDecoder) -> None:
         self.decoder = decoder
-        self.merge = merge_chain(decoder)
-        coarse_channels = decoder.conv4_1.out_channels
+        merge, conv4_1 = decoder.merge, decoder.conv4_1
+        self.merge = Chain([Conv(merge.weight, merge.bias, relu=False)], merge.in_channels)
+        self.blocks4 = FusedBlocks(decoder.blocks4)
+        self.narrow = Chain([Conv(conv4_1.weight, conv4_1.bias)], conv4_1.in_channels)
+        coarse_channels = conv4_1.out_channels
         self.join = JoinedConv(decoder.join.conv, coarse_channels, relu=False)
-        self.blocks = [Conv(x.conv.weight, x.conv.bias, relu=False) for x in decoder.blocks]
+        self.blocks3 = FusedBlocks(decoder.blocks3)
         self.edges = JoinedConv(decoder.conv3_1.conv, coarse_channels, relu=False)
-        conv2_1, conv1_1 = decoder.conv2_1, decoder.conv1_1.conv
-        last = Conv(conv1_1.weight, conv1_1.bias, relu=False)
-        self.paint = Chain([UpsampleConv(conv2_1.weight, conv2_1.bias), last], conv2_1.in_channels)
+        conv2_1, conv1_1 = decoder.conv2_1, decoder.conv1_1
+        layers = [SmoothUpsampleConv(conv2_1.weight, conv2_1.bias), Conv(conv1_1.weight, conv1_1.bias, relu=False)]
+        self.paint = Chain(layers, conv2_1.in_channels)
 
     def work(self, size: Size) -> int:
         """Floating-point operations for a map of that size at scale 3."""
         half, double = (size[0] // 2, size[1] // 2), (2 * size[0], 2 * size[1])
-        blocks = sum(layer.flops for layer in self.blocks) * size[0] * size[1]
-        joins = self.join.work(size) + self.edges.work(double)
-        return self.merge.work(half) + joins + blocks + self.paint.work(double)
+        at_half = self.merge.work(half) + self.blocks4.work(half) + self.narrow.work(half)
+        at_full = self.join.work(size) + self.blocks3.work(size)
+        return at_half + at_full + self.edges.work(double) + self.paint.work(double)
 
     def run(self, maps: list[Map], style: Sequence[Statistics], strength: float, write: Write, maker: MapMaker) -> None:
-        """Paint a picture from relu2_1 and the A2K outputs at scales 3, 4, 5, whose list is emptied.
+        """Luminance and colour differences from relu2_1 and the A2K outputs at scales 3, 4, 5, whose list is emptied.
 
         The statistics of maps are those of the content's features, those of the style come beside them.
         """
@@ -195,32 +193,43 @@ class FusedStyledDecoder:
         style_features = self.decoder.style_features(vector)
         edges = maps[0].x, *matched(maps[0].statistics, style[0], strength)
         _, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
-        size, fine_size = tuple(x3.shape[-2:]), tuple(edges[0].shape[-2:])
+        half_size, size, fine_size = (tuple(x.shape[-2:]) for x in (x4, x3, edges[0]))
 
-        x = maker.run(self.merge, tuple(x4.shape[-2:]), read_sum(x4, x5)).x
+        x = maker.run(self.merge, half_size, read_sum(x4, x5)).x
+        del x4, x5
+        self.blocks4.add(x, style_features, maker)
+        x = maker.run(self.narrow, half_size, read_map(x)).x
         x, statistics = maker.run(Chain([self.join.layer(x, maker.like)], x3.shape[1]), size, read_map(x3))
-        del x3, x4, x5
+        del x3
         for band, target in scaled_bands(x, *styled(self.decoder.join, statistics, style_features), x):
             target.copy_(band.relu_())
-        for number in range(0, len(self.blocks), 2):
-            self._add_block(number, x, style_features, maker)
+        self.blocks3.add(x, style_features, maker)
         chain = Chain([self.edges.layer(x, maker.like)], edges[0].shape[1])
         x, statistics = maker.run(chain, fine_size, read_scaled(*edges, relu=False))
         del edges
         scaled = read_scaled(x, *styled(self.decoder.conv3_1, statistics, style_features), relu=True)
-        x, statistics = maker.run(self.paint, fine_size, scaled)
-        scaling = styled(self.decoder.conv1_1, statistics, style_features)
-        top = 0
-        for band, _ in scaled_bands(x, *scaling, x):
-            write(Window(top, top + band.shape[2], 0, band.shape[3]), band)
-            top += band.shape[2]
+        maker.run_into(self.paint, fine_size, scaled, write)
 
-    def _add_block(self, number: int, x: Tensor, style_features: Tensor, maker: MapMaker) -> None:
-        """Add to x what the convolutions `number` and `number` + 1 of the residual blocks make of it."""
+
+class FusedBlocks:
+    """Residual blocks of a styled decoder."""
+
+    def __init__(self, blocks: Sequence[StyledConv]) -> None:
+        self.blocks = blocks
+        self.convs = [Conv(block.conv.weight, block.conv.bias, relu=False) for block in blocks]
+
+    def work(self, size: Size) -> int:
+        """Floating-point operations for a map of that size."""
+        return sum(conv.flops for conv in self.convs) * size[0] * size[1]
+
+    def add(self, x: Tensor, style_features: Tensor, maker: MapMaker) -> None:
+        """Add to the map x what every block makes of it."""
         size, read = tuple(x.shape[-2:]), read_map(x)
-        for place in (number, number + 1):
-            inner, statistics = maker.run(Chain([self.blocks[place]], x.shape[1]), size, read)
-            scaling = styled(self.decoder.blocks[place], statistics, style_features)
+        for number, (block, conv) in enumerate(zip(self.blocks, self.convs, strict=True)):
+            inner, statistics = maker.run(Chain([conv], x.shape[1]), size, read)
+            scaling = styled(block, statistics, style_features)
             read = read_scaled(inner, *scaling, relu=True)
-        for band, target in scaled_bands(inner, *scaling, x):
-            target.add_(band)
+            if number % 2:
+                for band, target in scaled_bands(inner, *scaling, x):
+                    target.add_(band)
+                read = read_map(x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from a2k.aggregates import Projection, projected_aggregates
 from a2k.attention import A2K
+from a2k.colors import Colors, bands, colors_of, colors_of_parts, matching, points_of
 from a2k.decoder import StyledDecoder
 from a2k.fused_decoder import FusedDecoder, FusedStyledDecoder, Map, MapMaker, read_map
 from a2k.images import from_levels, to_levels
@@ -158,12 +159,13 @@ class FusedA2K:
 
 @dataclass(frozen=True)
 class Style:
-    """Of one or several paintings: keys for the A2K modules at scales 3, 4, 5, and the statistics of the maps that the
-    decoder asks for.
+    """Of one or several paintings: keys for the A2K modules at scales 3, 4, 5, the statistics of the maps that the
+    decoder asks for, and colours.
     """
 
     keys: tuple[StyleKeys, ...]
     statistics: tuple[Statistics, ...]
+    colors: Colors
 
 
 Progress = Callable[[int], object]  # takes the floating-point operations, per picture, done since the last call
@@ -180,7 +182,7 @@ class FusedStyA2K:
     def __init__(self, model: StyA2K, max_memory: int | None = None) -> None:
         self.parameter = next(model.parameters()).detach()
         self.max_memory = max_memory
-        styled = isinstance(model.decoder, StyledDecoder)
+        self.matches_colors = styled = isinstance(model.decoder, StyledDecoder)
         self.encoder = encoder_chains(model, first_scale=2 if styled else 3)
         self.modules = [FusedA2K(module) for module in (model.a2k3, model.a2k4, model.a2k5)]
         self.decoder = FusedStyledDecoder(model.decoder) if styled else FusedDecoder(model.decoder)
@@ -190,7 +192,7 @@ class FusedStyA2K:
         """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]."""
         maps = self._encode(pad_style(image), self._map_maker(len(image), progress))
         keys = (module.style_keys(*pair) for module, pair in zip(self.modules, maps[-3:], strict=True))
-        return Style(tuple(keys), tuple(x.statistics for x in maps))
+        return Style(tuple(keys), tuple(x.statistics for x in maps), colors_of(image))
 
     @torch.inference_mode()
     def stylize(self, content: Tensor, style: Style, strength: float = 1.0, progress: Progress = int) -> Tensor:
@@ -206,6 +208,8 @@ class FusedStyA2K:
             for module, (x, statistics), keys in zip(self.modules, maps[-3:], style.keys, strict=True):
                 for flops in module.redraw(x, statistics, keys.expand(len(x)), strength):
                     progress(flops)
+        if self.matches_colors:
+            return self._paint_in_colors(maps, content, style, strength, maker)
         out = torch.empty_like(padded)
 
         def write(window: Window, tile: Tensor) -> None:
@@ -213,6 +217,23 @@ class FusedStyA2K:
 
         self.decoder.run(maps, style.statistics, strength, write, maker)
         return out[:, :, : content.shape[2], : content.shape[3]]
+
+    def _paint_in_colors(
+        self, maps: list[Map], content: Tensor, style: Style, strength: float, maker: MapMaker
+    ) -> Tensor:
+        """The decoder's result in the colours of the style, of the content's size, dtype and device."""
+        x = maker.storage.new_map(len(content), 3, padded_size(content.shape[-2:]), self.parameter.dtype)
+        self.decoder.run(maps, style.statistics, strength, lambda window, tile: window.of(x).copy_(tile), maker)
+        x = x[:, :, : content.shape[2], : content.shape[3]]
+        colors = style.colors if strength == 1 else colors_of(content).towards(style.colors, strength)
+        parts = (points_of(band).to(self.parameter.device).float() for band in bands(x))
+        matrix, shift = matching(colors_of_parts(parts), colors)
+        out = torch.empty_like(content)
+        for band, target in zip(bands(x), bands(out), strict=True):
+            points = points_of(band).to(self.parameter.device).float() @ matrix + shift
+            painted = points.unflatten(1, band.shape[2:]).permute(0, 3, 1, 2)
+            target.copy_(painted if out.is_floating_point() else to_levels(painted))
+        return out
 
     def work(self, size: Size, style: Style | None = None) -> int:
         """Floating-point operations of `stylize` for a content of that height and width, or of `encode_style`."""
@@ -256,18 +277,21 @@ class CompiledStyA2K:
         self._redraw = torch.compile(model.redraw)
 
     @torch.inference_mode()
-    def encode_style(self, image: Tensor, progress: Progress = int) -> list[Tensor]:
-        """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]. Returns relu1_1 .. relu5_1."""
-        return self._encode(self._pixels(pad_style(image)))
+    def encode_style(self, image: Tensor, progress: Progress = int) -> tuple[list[Tensor], Colors]:
+        """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]. Returns relu1_1 .. relu5_1, and the colours."""
+        return self._encode(self._pixels(pad_style(image))), colors_of(image)
 
     @torch.inference_mode()
-    def stylize(self, content: Tensor, style: list[Tensor], strength: float = 1.0, progress: Progress = int) -> Tensor:
+    def stylize(
+        self, content: Tensor, style: tuple[list[Tensor], Colors], strength: float = 1.0, progress: Progress = int
+    ) -> Tensor:
         """See `FusedStyA2K.stylize`."""
-        style = [x.expand(len(content), *x.shape[1:]) for x in style]
-        out = self._redraw(self._pixels(content), style, strength)
+        features, colors = style
+        features = [x.expand(len(content), *x.shape[1:]) for x in features]
+        out = self._redraw(self._pixels(content), features, colors, strength)
         return out if content.is_floating_point() else to_levels(out)
 
-    def work(self, size: Size, style: list[Tensor] | None = None) -> int:
+    def work(self, size: Size, style: tuple[list[Tensor], Colors] | None = None) -> int:
         """1: there is nothing to see before the end."""
         return 1
 

@@ -14,7 +14,7 @@ from a2k_kernels import distributed_attention, progressive_attention
 LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
 KNEE = 20.0  # where features are compressed, those well above it count by their logarithm
 SQUARED_UP_TO = 3.0  # differences of `robust_style_loss`; above, it grows linearly
-ROBUST_WEIGHTS = (3, 3, 2, 1)  # of relu1_1 .. relu4_1: a small network else neglects colours and fine strokes
+ROBUST_WEIGHTS = (1.5, 1.5, 1.2, 1.1)  # of relu1_1 .. relu4_1: a small network else neglects fine strokes
 
 
 def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
@@ -33,27 +33,45 @@ def global_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
-    """`global_style_loss` of compressed features, in which no channel can drown the others: a difference d above
-    SQUARED_UP_TO = D counts as 2 D |d| - D^2 in place of d^2 (Huber 1964), scales are weighted by ROBUST_WEIGHTS.
+    """`global_style_loss` in which no channel can drown the others: a difference d above SQUARED_UP_TO = D counts as
+    2 D |d| - D^2 in place of d^2 (Huber 1964), scales are weighted by ROBUST_WEIGHTS.
 
     A few channels of VGG16 fire rarely and then a hundred times stronger than the rest. On a step in which one does,
     the gradient of the plain loss is its alone, and a network trained from scratch loses the others.
     """
     with torch.no_grad():
-        targets = robust_statistics(style_features)
-    return robust_distance(robust_statistics(output_features), targets)
+        targets = style_statistics(style_features)
+    return robust_distance(style_statistics(output_features), targets)
 
 
 def robust_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """`robust_style_loss` of two results of `robust_statistics`."""
+    """`robust_style_loss` of two results of `style_statistics`."""
     weights = [weight for weight in ROBUST_WEIGHTS for _ in range(2)]  # mean and deviation
     pairs = zip(weights, statistics, targets, strict=True)
     return sum(2 * weight * F.huber_loss(x, target, delta=SQUARED_UP_TO) for weight, x, target in pairs)
 
 
-def robust_statistics(features: list[Tensor]) -> list[Tensor]:
-    """`style_statistics` of compressed features."""
-    return style_statistics([compress(x) for x in features[:4]])
+def band_energies(image: Tensor) -> Tensor:
+    """How sharp a picture is: logarithms of the mean squares of second differences of its brightness along columns,
+    rows and both, at full, half and quarter size: (B, 9), from RGB (B, 3, H, W), H and W at least 12.
+
+    Of outputs and paintings their MSE is a loss: what a painting has of grain and fine strokes, its VGG statistics
+    hardly tell from noise or from blur.
+    """
+    x, energies = at_least_float32(image).mean(1, keepdim=True), []
+    for _ in range(3):
+        columns, rows = second_difference(x, 2), second_difference(x, 3)
+        for band in (columns, rows, second_difference(rows, 2)):
+            energies.append((band.square().mean((1, 2, 3)) + 1e-6).log())
+        x = F.avg_pool2d(x, 2)
+    return torch.stack(energies, 1)
+
+
+def second_difference(x: Tensor, dim: int) -> Tensor:
+    """Of neighbours along a dimension, which loses two."""
+    length = x.shape[dim] - 2
+    before, here, after = (x.narrow(dim, start, length) for start in range(3))
+    return here - (before + after) / 2
 
 
 def style_statistics(features: list[Tensor]) -> list[Tensor]:

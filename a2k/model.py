@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from a2k.attention import A2K, RESIDUALS, match_statistics
+from a2k.colors import Colors, colors_of, match_colors
 from a2k.decoder import Decoder, StyledConv, StyledDecoder, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 
@@ -115,12 +116,19 @@ class StyA2K(nn.Module):
         content: (B, 3, H, W), style: (B, 3, H_s, W_s), RGB in [0, 1]. strength: 0 keeps the content's features,
         1 is the published network. Returns RGB (B, 3, H, W), unclamped.
         """
-        return self.redraw(content, self.encoder(pad_style(style)), strength)
+        return self.redraw(content, *self.encode_style(style), strength)
 
-    def redraw(self, content: Tensor, style_features: list[Tensor], strength: float = 1.0) -> Tensor:
-        """As forward, from the five feature maps of the style."""
+    def encode_style(self, style: Tensor) -> tuple[list[Tensor], Colors]:
+        """The style's five feature maps, and its colours."""
+        return self.encoder(pad_style(style)), colors_of(style)
+
+    def redraw(self, content: Tensor, style_features: list[Tensor], colors: Colors, strength: float = 1.0) -> Tensor:
+        """As forward, from what `encode_style` returns."""
         out = self.decoder(*self.transform(self.encoder(pad_content(content)), style_features, strength))
-        return out[:, :, : content.shape[2], : content.shape[3]]
+        out = out[:, :, : content.shape[2], : content.shape[3]]
+        if not isinstance(self.decoder, StyledDecoder):
+            return out
+        return match_colors(out, colors if strength == 1 else colors_of(content).towards(colors, strength))
 
     def transform(
         self, content_features: list[Tensor], style_features: list[Tensor], strength: float = 1.0

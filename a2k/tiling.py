@@ -18,6 +18,7 @@ from a2k.winograd import Winograd, pays
 
 Size = tuple[int, int]  # height, width
 Margin = tuple[int, int, int, int]  # 1 or 0 for each side: top, bottom, left, right
+Taps = tuple[Tensor, ...]  # of a kernel, along one dimension
 NO_MARGIN: Margin = (0, 0, 0, 0)
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a chain's largest intermediate map
 
@@ -162,11 +163,24 @@ class UpsampleConv(Conv):
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         weight, channels = weight.detach().float(), len(weight)
-        rows = [torch.stack(pair) for pair in halves(weight.unbind(2))]  # each (2, O, I, 3)
-        kernels = [torch.stack(pair) for row in rows for pair in halves(row.unbind(3))]  # each (2, 2, O, I), x first
+        rows = [torch.stack(taps) for taps in self.split(weight.unbind(2))]  # each (taps, O, I, 3)
+        kernels = [torch.stack(taps) for row in rows for taps in self.split(row.unbind(3))]  # x, y, O, I
         kernel = torch.cat([x.permute(2, 3, 1, 0) for x in kernels])
         super().__init__(kernel.to(bias.dtype), bias.repeat(4), relu)
         self.channels, self.flops = channels, self.flops // 4
+
+    @staticmethod
+    def split(kernel: Taps) -> tuple[Taps, Taps]:
+        """A kernel of three taps, over values that come in equal pairs, as two of two taps: for the first of a pair
+        and for the second.
+        """
+        before, here, after = kernel
+        return (before, here + after), (before + here, after)
+
+    @staticmethod
+    def position(place: int) -> int:
+        """The kernel's position in the small map for a row (or column) of the upsampled one."""
+        return (place - 1) // 2
 
     def output_size(self, size: Size) -> Size:
         return 2 * size[0], 2 * size[1]
@@ -182,17 +196,36 @@ class UpsampleConv(Conv):
             # The first rows and columns of this parity, in the window and among the kernel's positions.
             y, x0 = (row - window.top) % 2, (col - window.left) % 2
             part = out[:, :, y::2, x0::2]
-            top = (window.top + y - 1) // 2 - (window.top - 1) // 2
-            left = (window.left + x0 - 1) // 2 - (window.left - 1) // 2
+            top = self.position(window.top + y) - self.position(window.top)
+            left = self.position(window.left + x0) - self.position(window.left)
             part.copy_(quarter[:, :, top : top + part.shape[2], left : left + part.shape[3]])
         return out
 
 
-def halves(kernel: tuple[Tensor, Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A kernel of three taps, over values that come in equal pairs, as two of two taps: for the first of a pair and
-    for the second."""
-    before, here, after = kernel
-    return (before, here + after), (before + here, after)
+class SmoothUpsampleConv(UpsampleConv):
+    """Bilinear upsampling by two, then a 3x3 convolution whose padding repeats the border: 3x3 convolutions of the
+    small map, one for each of the four places that an upsampled point can have.
+    """
+
+    @staticmethod
+    def split(kernel: Taps) -> tuple[Taps, Taps]:
+        """A kernel of three taps as two of three taps of the small map. Even points are 1/4 of the one above and 3/4 of
+        the one here, odd ones 3/4 of the one here and 1/4 of the one below.
+        """
+        before, here, after = kernel
+        even = 0.75 * before + 0.25 * here, 0.25 * before + 0.75 * (here + after), 0.25 * after
+        odd = 0.25 * before, 0.75 * (before + here) + 0.25 * after, 0.25 * here + 0.75 * after
+        return even, odd
+
+    @staticmethod
+    def position(place: int) -> int:
+        return place // 2
+
+    def source(self, window: Window, size: Size) -> Window:
+        return window.halved().grown(size)
+
+    def margin(self, window: Window, size: Size) -> Margin:
+        return window.halved().borders((size[0] // 2, size[1] // 2))
 
 
 class MaxPool:

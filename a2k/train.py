@@ -122,7 +122,6 @@ class Trainer:
         """
         copying = self.losses.autoencoding = self.step < self.style_start
         if not copying and self.losses.hints:
-            self.model.encoder.requires_grad_(False)
             self.losses.hints = nn.ModuleList()
         self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, betas=(0.9, 0.999))

@@ -9,8 +9,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from a2k.attention import at_least_float32
+from a2k.colors import colors_of, match_colors
+from a2k.decoder import StyledDecoder
 from a2k.encoder import Encoder
 from a2k.losses import (
+    band_energies,
     content_distance,
     content_targets,
     global_distance,
@@ -18,7 +21,6 @@ from a2k.losses import (
     local_loss,
     local_targets,
     robust_distance,
-    robust_statistics,
     style_statistics,
 )
 from a2k.model import StyA2K
@@ -96,7 +98,7 @@ class TrainingLosses(nn.Module):
 
     def _copying(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.encoder(images)
-        copy = self._decode(self.model.transform(features, features, strength=0.0))
+        copy = self._decode(self.model.transform(features, features, strength=0.0), images)
         losses = {"pixel": F.l1_loss(at_least_float32(copy), images)}
         total = PIXEL_WEIGHT * losses["pixel"]
         if self.hints:
@@ -112,13 +114,17 @@ class TrainingLosses(nn.Module):
         features, targets = self._targets(images)
         if not self.shares_encoder:
             features = self.model.encoder(images)
-        output = self._decode(self.model.transform([x[:batch] for x in features], [x[batch:] for x in features]))
+        content, style = ([x[part] for x in features] for part in (slice(batch), slice(batch, None)))
+        output = self._decode(self.model.transform(content, style), images[batch:])
         losses, total = self._compare(output, targets)
+        if recipe.sharpness_weight:
+            losses["sharpness"] = F.mse_loss(band_energies(output), band_energies(images[batch:]))
+            total = total + recipe.sharpness_weight * losses["sharpness"]
         if recipe.identity_weight:  # of every second pair, in turn the photo and the painting
             own = torch.arange(0, batch, 2, device=images.device)
             own[1::2] += batch
             own_features = [x[own] for x in features]
-            copy = self._decode(self.model.transform(own_features, own_features))
+            copy = self._decode(self.model.transform(own_features, own_features), images[own])
             losses["identity"] = F.l1_loss(at_least_float32(copy), images[own])
             total = total + recipe.identity_weight * losses["identity"]
         return losses | {"total": total}
@@ -144,8 +150,7 @@ class TrainingLosses(nn.Module):
         recipe, local = self.recipe, []
         if recipe.local_weight:
             local = local_targets(content, style, keys=recipe.keys, backend=self.backend)
-        statistics = robust_statistics(style) if recipe.robust else style_statistics(style)
-        return Targets(statistics, content_targets(content) if recipe.content_weight else [], local)
+        return Targets(style_statistics(style), content_targets(content) if recipe.content_weight else [], local)
 
     def _compare(self, output: Tensor, targets: list[Targets]) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of the output, without gradient, and their weighted sum, with one.
@@ -172,10 +177,8 @@ class TrainingLosses(nn.Module):
 
     def _compare_group(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         """Losses of some outputs' features."""
-        if self.recipe.robust:
-            losses = {"global": robust_distance(robust_statistics(features), targets.style)}
-        else:
-            losses = {"global": global_distance(style_statistics(features), targets.style)}
+        distance = robust_distance if self.recipe.robust else global_distance
+        losses = {"global": distance(style_statistics(features), targets.style)}
         if self.recipe.local_weight:
             losses["local"] = local_loss(features, targets.local)
         if self.recipe.content_weight:
@@ -186,8 +189,12 @@ class TrainingLosses(nn.Module):
         """How many are compared at a time: on a processor one is enough to keep it busy."""
         return 1 if images.device.type == "cpu" else len(images)
 
-    def _decode(self, features: list[Tensor]) -> Tensor:
-        return self._run(self.model.decoder, *features)
+    def _decode(self, features: list[Tensor], in_colors_of: Tensor) -> Tensor:
+        out = self._run(self.model.decoder, *features)
+        if not isinstance(self.model.decoder, StyledDecoder):
+            return out
+        out = match_colors(out, colors_of(in_colors_of))
+        return out + (out.clamp(0, 1) - out).detach()  # what will be seen; beyond the range of colours gradients go on
 
     def _encode(self, image: Tensor) -> list[Tensor]:
         return self._run(self.perceptual, image)

@@ -15,10 +15,10 @@ class Recipe:
 
     schedule: see `a2k.schedules`. robust: the global loss is `a2k.losses.robust_style_loss`. autoencode_steps: first
     steps, which only reproduce the pictures (A2K bypassed, L1 loss), so that features carry colour before they are
-    matched, and in which the encoder of a styled network learns to tell the perceptual network's features; then that
-    encoder is frozen. A VGG network needs none. identity_weight: of the L1 distance between a picture and itself
-    redrawn in its own manner (after Park & Lee 2019, arXiv 1812.02342), which keeps colour and detail alive. clip:
-    largest norm of the gradient. ema_decay: of the averaged weights, which are the ones saved.
+    matched, and in which the encoder of a styled network learns to tell the perceptual network's features. A VGG
+    network needs none. sharpness_weight: of the MSE of `a2k.losses.band_energies`. identity_weight: of the L1 distance
+    between a picture and itself redrawn in its own manner (after Park & Lee 2019, arXiv 1812.02342), which keeps colour
+    and detail alive. clip: largest norm of the gradient. ema_decay: of the averaged weights, which are the ones saved.
     """
 
     lr: float = 2e-4
@@ -27,6 +27,7 @@ class Recipe:
     global_weight: float = 10.0
     local_weight: float = 1.25
     content_weight: float = 0.0
+    sharpness_weight: float = 0.0
     identity_weight: float = 0.0
     keys: str = "cumulative"
     autoencode_steps: int = 0
@@ -41,15 +42,15 @@ RECIPES = {
         lr=5e-4, schedule="linear", local_weight=0.4, identity_weight=50.0, keys="own", autoencode_steps=500
     ),
     "styled": Recipe(
-        lr=1e-3,
+        lr=5e-4,
         schedule="cosine",
         robust=True,
         local_weight=0.0,
-        content_weight=4.0,
-        identity_weight=10.0,
+        content_weight=6.0,
+        sharpness_weight=2.0,
         keys="own",
         autoencode_steps=500,
-        ema_decay=0.99,
+        ema_decay=0.997,
     ),
 }
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tiny import TINY, tiny_model
 
 from a2k import StyA2K, StyA2KConfig
+from a2k.colors import colors_of, match_colors
 from a2k.decoder import Decoder, StyledConv, StyledDecoder, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 from a2k.model import CONFIGS, pad_content, pad_image, pad_style
@@ -121,7 +122,7 @@ def test_styled_decoder_sets_statistics():
 
 def test_styled_decoder_size():
     decoder = StyledDecoder(TINY.channels)
-    torch.nn.init.constant_(decoder.conv1_1.shift.bias, -9)
+    torch.nn.init.constant_(decoder.conv1_1.bias, -9)
     x3, x4, x5 = (torch.rand(2, 16, 12 // 2**i, 8 // 2**i) for i in range(3))
     features = [torch.rand(2, c, 40 // 2**i, 30 // 2**i) for i, c in enumerate(TINY.channels)]
     out = decoder(x3, x4, x5, torch.rand(2, 8, 24, 16), style_vector(features))
@@ -146,10 +147,19 @@ def test_strength_0_has_nothing_of_the_style(model):
     outputs = [model(content, image(48, 32, seed=seed), strength=0.0) for seed in (1, 2)]
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
     features = model.encoder(pad_content(content))
-    inputs = features[2:]
     if isinstance(model.decoder, StyledDecoder):
-        inputs += [features[1], style_vector(features)]
-    torch.testing.assert_close(outputs[0], model.decoder(*inputs)[:, :, :40, :37])
+        expected = model.decoder(*features[2:], features[1], style_vector(features))[:, :, :40, :37]
+        expected = match_colors(expected, colors_of(content))
+    else:
+        expected = model.decoder(*features[2:])[:, :, :40, :37]
+    torch.testing.assert_close(outputs[0], expected)
+
+
+def test_styled_network_takes_colors_over():
+    model, content, style = tiny_model(TINY), image(40, 37), image(48, 33, seed=1)
+    for strength, expected in ((1.0, colors_of(style)), (0.0, colors_of(content))):
+        actual = colors_of(model(content, style, strength))
+        torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-2, atol=2e-3)
 
 
 def test_strength_1_is_plain(model):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2k import tiling, winograd
-from a2k.tiling import Chain, Conv, JoinConv, MaxPool, UpsampleConv, Window, layer_window, upsampled
+from a2k.tiling import Chain, Conv, JoinConv, MaxPool, SmoothUpsampleConv, UpsampleConv, Window, layer_window, upsampled
 
 SEEDS = [random.randrange(10**6) for _ in range(8)]
 
@@ -95,6 +95,17 @@ def test_decoder_chain(seed, times, monkeypatch):
     torch.testing.assert_close(run(Chain(layers, 3), x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_smooth_upsample(seed, times, monkeypatch):
+    rng, generator, x = example(seed)
+    set_tile_elements(monkeypatch, times * rng.choice((100, 400, 1000, 1 << 22)))
+    first, second = conv(generator, 3, 5 * times), conv(generator, 5 * times, 4)
+    first.padding_mode = "replicate"
+    expected = second(first(F.interpolate(x, scale_factor=2, mode="bilinear")).relu()).relu()
+    layers = [layer(SmoothUpsampleConv, first), layer(Conv, second)]
+    torch.testing.assert_close(run(Chain(layers, 3), x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("taps", (2, 3))
 @pytest.mark.parametrize("width", (1, 3, 4, 6, 8, 13))
 def test_few_outputs(width, taps):
@@ -150,6 +161,7 @@ def test_smallest_maps():
 def test_upsampling_takes_four_ninths_of_the_operations():
     module = nn.Conv2d(6, 4, 3)
     assert layer(UpsampleConv, module).flops * 9 == layer(Conv, module).flops * 4
+    assert layer(SmoothUpsampleConv, module).flops == layer(Conv, module).flops
 
 
 @pytest.mark.parametrize("size", ((1, 1), (7, 1), (100, 3), (33, 65)))

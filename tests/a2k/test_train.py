@@ -171,7 +171,7 @@ def test_seed(options):
         runs.append(trainer.model.state_dict())
     for name, x in runs[0].items():
         torch.testing.assert_close(x, runs[1][name], rtol=0, atol=0)
-    assert not torch.equal(runs[0]["decoder.conv1_1.conv.weight"], runs[2]["decoder.conv1_1.conv.weight"])
+    assert not torch.equal(runs[0]["decoder.conv1_1.weight"], runs[2]["decoder.conv1_1.weight"])
 
 
 def test_bfloat16(options):
@@ -251,7 +251,7 @@ def test_autoencoding_leaves_the_attention_alone(options):
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
 def test_the_average_is_saved(options, decay):
     trainer = Trainer(replace(options, recipe=replace(RECIPE, ema_decay=decay, lr=1e-2)))
-    name, train_step = "decoder.conv1_1.conv.weight", trainer.train_step
+    name, train_step = "decoder.conv1_1.weight", trainer.train_step
     weights = [trainer.model.state_dict()[name].clone()]
 
     def step(*batch):
@@ -273,9 +273,9 @@ def test_the_average_is_saved(options, decay):
 def test_the_samples_are_of_the_average(options):
     trainer = Trainer(options)
     before = trainer.sample_grid().tobytes()
-    torch.nn.init.zeros_(trainer.model.decoder.conv1_1.conv.weight)
+    torch.nn.init.zeros_(trainer.model.decoder.conv1_1.weight)
     assert trainer.sample_grid().tobytes() == before
-    torch.nn.init.zeros_(trainer.average.decoder.conv1_1.conv.weight)
+    torch.nn.init.zeros_(trainer.average.decoder.conv1_1.weight)
     assert trainer.sample_grid().tobytes() != before
 
 
@@ -572,7 +572,7 @@ def test_a_loss_that_is_nan_stops_the_run(options):
     Trainer(replace(options, steps=2)).run()
     before = tensors_of(options.output)
     trainer = Trainer(replace(options, resume=True))
-    torch.nn.init.constant_(trainer.model.decoder.conv1_1.conv.bias, float("nan"))
+    torch.nn.init.constant_(trainer.model.decoder.conv1_1.bias, float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan at step 3; lower --lr and --resume"):
         trainer.run()
     torch.testing.assert_close(tensors_of(options.output), before, rtol=0, atol=0)

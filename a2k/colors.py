@@ -1,0 +1,93 @@
+"""Colours of pictures: mean and covariance of luminance and colour differences, which one can take from another.
+
+To match two moments by a linear map of colours is an old idea (Reinhard et al. 2001). Here it is the last layer of a
+network and trained with it: what is known exactly need not be learnt.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from a2k.attention import at_least_float32
+from a2k.images import from_levels
+
+# Luminance and two differences of colour from RGB (BT.601, as in JPEG).
+FROM_RGB = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+LEAST_VARIANCES = (1e-4, 2e-5, 2e-5)  # are added: a picture of one colour has none to divide by
+BAND_POINTS = 1 << 18  # taken at a time, so that they stay in the cache for all passes
+
+
+class Colors(NamedTuple):
+    """Of luminance and colour differences: mean (B, 3), and the lower Cholesky factor of the covariance (B, 3, 3)."""
+
+    mean: Tensor
+    factor: Tensor
+
+    def towards(self, other: "Colors", share: float) -> "Colors":
+        """Colours between these (share 0) and others (share 1)."""
+        return Colors(*(own + share * (to - own) for own, to in zip(self, other, strict=True)))
+
+
+def colors_of(image: Tensor) -> Colors:
+    """Colours, at least float32, of RGB (B, 3, H, W) of any size, uint8 or floating point in [0, 1]."""
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    matrix = torch.tensor(FROM_RGB, dtype=dtype, device=image.device).mT
+    floats = (from_levels(band, torch.empty_like(band, dtype=dtype)) for band in bands(image))
+    return colors_of_parts(points_of(band) @ matrix for band in floats)
+
+
+@torch.no_grad()
+def colors_of_parts(parts: Iterable[Tensor]) -> Colors:
+    """Colours of luminance and colour differences (B, n, 3) that come in parts, of their dtype (Chan et al. 1983)."""
+    count, mean, products = 0, 0.0, 0.0
+    for points in parts:
+        own_mean, own_products = (moment.double() for moment in moments(points))
+        difference, total = own_mean - mean, count + points.shape[1]
+        shift = difference[:, :, None] * difference[:, None] * (count * points.shape[1] / total)
+        products, mean, count = products + own_products + shift, mean + difference * (points.shape[1] / total), total
+    return Colors(*(x.to(points.dtype) for x in colors_from(mean, products / count)))
+
+
+def moments(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, C), and sums of products of differences from it (B, C, C), of points (B, n, C)."""
+    mean = points.mean(1)
+    points = points - mean[:, None]
+    return mean, points.mT @ points
+
+
+def colors_from(mean: Tensor, covariance: Tensor) -> Colors:
+    least = torch.tensor(LEAST_VARIANCES, dtype=covariance.dtype, device=covariance.device)
+    return Colors(mean, torch.linalg.cholesky_ex(covariance + least.diag()).L)  # of NaN it is NaN, without an error
+
+
+def bands(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, C, H, W) in bands of rows."""
+    return x.split(max(1, BAND_POINTS // x[:, 0, 0].numel()), 2)
+
+
+def points_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, H * W, C): a view of a whole channels_last map."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def matching(own: Colors, target: Colors) -> tuple[Tensor, Tensor]:
+    """Matrix (B, 3, 3) and shift (B, 1, 3) for points @ matrix + shift: RGB of the target's colours from luminance and
+    colour differences of the given ones.
+
+    Luminance is only scaled. What it explains of the first difference is taken out and put back as in the target, then
+    likewise what both explain of the second.
+    """
+    to_rgb = torch.linalg.inv(own.factor.new_tensor(FROM_RGB)).mT
+    matrix = torch.linalg.solve_triangular(own.factor, target.factor, upper=False, left=False).mT @ to_rgb
+    return matrix, target.mean[:, None] @ to_rgb - own.mean[:, None] @ matrix
+
+
+def match_colors(x: Tensor, target: Colors) -> Tensor:
+    """RGB (B, 3, H, W) of the target's colours, at least float32, from luminance and colour differences of any."""
+    with torch.autocast(x.device.type, enabled=False):
+        points = points_of(at_least_float32(x))
+        mean, products = moments(points)
+        matrix, shift = matching(colors_from(mean, products / points.shape[1]), target)
+        return (points @ matrix + shift).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
