@@ -15,7 +15,9 @@ from a2k.images import from_levels
 
 # Luminance and two differences of colour from RGB (BT.601, as in JPEG).
 FROM_RGB = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-LEAST_VARIANCES = (1e-4, 2e-5, 2e-5)  # are added: a picture of one colour has none to divide by
+# Are added to variances, relative to them and as squares of intensities: else what little a colour differs from its
+# prediction, rounding in 16 bit perhaps, could be divided by itself.
+LEAST_SHARE, LEAST_VARIANCE = 1e-3, 1e-6
 BAND_POINTS = 1 << 18  # taken at a time, so that they stay in the cache for all passes
 
 
@@ -35,7 +37,8 @@ def colors_of(image: Tensor) -> Colors:
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     matrix = torch.tensor(FROM_RGB, dtype=dtype, device=image.device).mT
     floats = (from_levels(band, torch.empty_like(band, dtype=dtype)) for band in bands(image))
-    return colors_of_parts(points_of(band) @ matrix for band in floats)
+    with torch.autocast(image.device.type, enabled=False):
+        return colors_of_parts(points_of(band) @ matrix for band in floats)
 
 
 @torch.no_grad()
@@ -52,14 +55,14 @@ def colors_of_parts(parts: Iterable[Tensor]) -> Colors:
 
 def moments(points: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (B, C), and sums of products of differences from it (B, C, C), of points (B, n, C)."""
-    mean = points.mean(1)
+    mean = points.mean(1, dtype=torch.float64).to(points.dtype)  # of a million points float32 would lose digits
     points = points - mean[:, None]
     return mean, points.mT @ points
 
 
 def colors_from(mean: Tensor, covariance: Tensor) -> Colors:
-    least = torch.tensor(LEAST_VARIANCES, dtype=covariance.dtype, device=covariance.device)
-    return Colors(mean, torch.linalg.cholesky_ex(covariance + least.diag()).L)  # of NaN it is NaN, without an error
+    least = LEAST_SHARE * covariance.diagonal(dim1=1, dim2=2) + LEAST_VARIANCE
+    return Colors(mean, torch.linalg.cholesky_ex(covariance + least.diag_embed()).L)  # of NaN it is NaN, no error
 
 
 def bands(x: Tensor) -> tuple[Tensor, ...]:

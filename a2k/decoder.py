@@ -1,5 +1,6 @@
 """Decoders: from the A2K outputs at three scales to a picture."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from a2k.encoder import ENCODER_DEPTHS
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}
 
 STYLE_FEATURES = 256  # width of the hidden layer between a style's statistics and the scales and shifts it sets
-RESIDUAL_BLOCKS = {4: 2, 3: 3}  # by scale
+RESIDUAL_BLOCKS = {4: 2, 3: 2}  # by scale
+NOISE_PERIOD = 256  # points after which a map's noise repeats, in both directions
 LEAST_DEVIATION = 0.01  # of a statistic, between styles
 
 
@@ -70,9 +72,21 @@ def style_vector(features: list[Tensor]) -> Tensor:
     return torch.cat([x for mean, variance in statistics for x in (mean, (variance + 1e-5).sqrt())], 1).flatten(1)
 
 
+def noise_tile() -> Tensor:
+    """White noise of variance 1, (NOISE_PERIOD, NOISE_PERIOD), the same always: numpy's old generator is frozen."""
+    return torch.from_numpy(np.random.RandomState(0).standard_normal((NOISE_PERIOD, NOISE_PERIOD))).float()
+
+
+def noise_window(tile: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """(bottom - top, right - left) of the plane that is covered with the tile."""
+    rows, cols = (torch.arange(a, b, device=tile.device) % NOISE_PERIOD for a, b in ((top, bottom), (left, right)))
+    return tile[rows][:, cols]
+
+
 class StyledConv(nn.Module):
     """3x3 convolution whose output gets, channel by channel, a mean and a deviation that the style sets
-    (conditional instance normalisation, Dumoulin et al. 2017, Ghiasi et al. 2017).
+    (conditional instance normalisation, Dumoulin et al. 2017, Ghiasi et al. 2017), and grain: as much of one fixed
+    noise as the style sets (Karras et al. 2019). Without it nothing could vary where the content does not.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -80,12 +94,13 @@ class StyledConv(nn.Module):
         self.conv = conv3x3(in_channels, out_channels)
         self.scale = nn.Linear(STYLE_FEATURES, out_channels)
         self.shift = nn.Linear(STYLE_FEATURES, out_channels)
+        self.grain = nn.Linear(STYLE_FEATURES, out_channels)
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x: (B, C_in, H, W), style: (B, STYLE_FEATURES)."""
-        scale, shift = self.scale(style), self.shift(style)
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
+        """x: (B, C_in, H, W), style: (B, STYLE_FEATURES), noise: (H, W)."""
+        scale, shift, grain = (linear(style)[:, :, None, None] for linear in (self.scale, self.shift, self.grain))
         x = self.conv(x)
-        return (normalize(x) * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
+        return (normalize(x) * scale + (shift + grain * noise)).to(x.dtype)
 
 
 class StyledDecoder(nn.Module):
@@ -101,6 +116,7 @@ class StyledDecoder(nn.Module):
         statistics = 2 * (c2 + c3 + c4 + c5)
         self.register_buffer("vector_mean", torch.zeros(statistics))
         self.register_buffer("vector_deviation", torch.ones(statistics))
+        self.register_buffer("noise", noise_tile(), persistent=False)
         self.style = nn.Linear(statistics, STYLE_FEATURES)
         self.merge = conv3x3(c4, c4)
         self.blocks4 = residual_blocks(c4, RESIDUAL_BLOCKS[4])
@@ -134,10 +150,11 @@ class StyledDecoder(nn.Module):
         Returns luminance and colour differences (B, 3, 16h, 16w).
         """
         style = self.style_features(vector)
-        x = add_blocks(self.blocks4, self.merge(x4 + upsample(x5)), style)
+        noise4, noise3, noise2 = (noise_window(self.noise, 0, x.shape[2], 0, x.shape[3]) for x in (x4, x3, x2))
+        x = add_blocks(self.blocks4, self.merge(x4 + upsample(x5)), style, noise4)
         x = upsample(F.relu(self.conv4_1(x), inplace=True))
-        x = add_blocks(self.blocks3, F.relu(self.join(torch.cat([x, x3], 1), style)), style)
-        x = F.relu(self.conv3_1(torch.cat([upsample(x), x2], 1), style))
+        x = add_blocks(self.blocks3, F.relu(self.join(torch.cat([x, x3], 1), style, noise3)), style, noise3)
+        x = F.relu(self.conv3_1(torch.cat([upsample(x), x2], 1), style, noise2))
         x = F.relu(self.conv2_1(upsample_smoothly(x)), inplace=True)
         return self.conv1_1(x)
 
@@ -147,8 +164,8 @@ def residual_blocks(channels: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(StyledConv(channels, channels) for _ in range(2 * count))
 
 
-def add_blocks(blocks: nn.ModuleList, x: Tensor, style: Tensor) -> Tensor:
+def add_blocks(blocks: nn.ModuleList, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
     """x after the residual blocks, each of which adds what its two convolutions make of it."""
     for first, second in zip(blocks[::2], blocks[1::2], strict=True):
-        x = x + second(F.relu(first(x, style)), style)
+        x = x + second(F.relu(first(x, style, noise)), style, noise)
     return x

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from a2k.decoder import Decoder, StyledConv, StyledDecoder
+from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_window
 from a2k.statistics import Statistics
 from a2k.storage import Storage
 from a2k.tiling import Chain, Conv, JoinConv, Size, SmoothUpsampleConv, UpsampleConv, Window, layer_window, upsampled
@@ -63,12 +63,35 @@ def read_sum(x: Tensor, coarse: Tensor) -> Read:
     return lambda window, out: out.copy_(window.of(x)).add_(upsampled(coarse, window).to(out.device))
 
 
-def read_scaled(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Read:
-    """How a chain reads its windows from scale * x + shift, per channel (B, C), through ReLU if asked for."""
+class Scaling(NamedTuple):
+    """scale * x + shift + grain * noise of maps x: per channel, (B, C) float32; noise: the tile of a plane, or none."""
+
+    scale: Tensor
+    shift: Tensor
+    grain: Tensor | None = None
+    noise: Tensor | None = None
+
+    def fill(self, out: Tensor, x: Tensor, window: Window) -> Tensor:
+        """out, of the scaled window of the map x."""
+        scale, shift = (parameter[:, :, None, None].to(out) for parameter in (self.scale, self.shift))
+        torch.addcmul(shift, window.of(x).to(out.device), scale, out=out)
+        if self.noise is not None:
+            out.addcmul_(self.grain[:, :, None, None].to(out), noise_window(self.noise, *window).to(out))
+        return out
+
+    def bands(self, x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bands of rows of the scaled map x, and the same bands of out."""
+        for top in range(0, x.shape[2], BAND_ROWS):
+            window = Window(top, min(x.shape[2], top + BAND_ROWS), 0, x.shape[3])
+            target = window.of(out)
+            yield self.fill(torch.empty_like(target), x, window), target
+
+
+def read_scaled(x: Tensor, scaling: Scaling, relu: bool) -> Read:
+    """How a chain reads its windows from a scaled map, through ReLU if asked for."""
 
     def read(window: Window, out: Tensor) -> None:
-        factor, term = (parameter[:, :, None, None].to(out.dtype) for parameter in (scale, shift))
-        torch.addcmul(term, window.of(x).to(out.device), factor, out=out)
+        scaling.fill(out, x, window)
         if relu:
             out.relu_()
 
@@ -139,24 +162,18 @@ def style_vector(statistics: Sequence[Statistics]) -> Tensor:
     return torch.cat([x for of_map in statistics for x in (of_map.center, of_map.deviation)], 1)
 
 
-def styled(conv: StyledConv, statistics: Statistics, style: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (B, C) float32, that turn a map with these statistics into the output of a `StyledConv`."""
-    scale, shift = (linear(style.to(linear.weight.dtype)).float() for linear in (conv.scale, conv.shift))
+def styled(conv: StyledConv, statistics: Statistics, style: Tensor, noise: Tensor) -> Scaling:
+    """What turns a map with these statistics into the output of a `StyledConv`."""
+    linears = conv.scale, conv.shift, conv.grain
+    scale, shift, grain = (linear(style.to(linear.weight.dtype)).float() for linear in linears)
     scale = scale / statistics.deviation
-    return scale, shift - scale * statistics.center
+    return Scaling(scale, shift - scale * statistics.center, grain, noise)
 
 
-def matched(own: Statistics, style: Statistics, strength: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (B, C) float32, of x + strength * (match_statistics(x, style) - x)."""
+def matched(own: Statistics, style: Statistics, strength: float) -> Scaling:
+    """What makes x + strength * (match_statistics(x, style) - x) of x."""
     gain = style.deviation / own.deviation
-    return 1 - strength + strength * gain, strength * (style.center - gain * own.center)
-
-
-def scaled_bands(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Bands of rows of scale * x + shift and the same bands of out, all on out's device."""
-    scale, shift = (parameter[:, :, None, None].to(out) for parameter in (scale, shift))
-    for band, target in zip(x.split(BAND_ROWS, 2), out.split(BAND_ROWS, 2), strict=True):
-        yield torch.addcmul(shift, band.to(out.device), scale), target
+    return Scaling(1 - strength + strength * gain, strength * (style.center - gain * own.center))
 
 
 class FusedStyledDecoder:
@@ -191,24 +208,24 @@ class FusedStyledDecoder:
         own = style_vector([statistics for _, statistics in maps])
         vector = own + strength * (style_vector(style) - own)
         style_features = self.decoder.style_features(vector)
-        edges = maps[0].x, *matched(maps[0].statistics, style[0], strength)
-        _, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
-        half_size, size, fine_size = (tuple(x.shape[-2:]) for x in (x4, x3, edges[0]))
+        matching, noise = matched(maps[0].statistics, style[0], strength), self.decoder.noise
+        edges, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
+        half_size, size, fine_size = (tuple(x.shape[-2:]) for x in (x4, x3, edges))
 
         x = maker.run(self.merge, half_size, read_sum(x4, x5)).x
         del x4, x5
-        self.blocks4.add(x, style_features, maker)
+        self.blocks4.add(x, style_features, noise, maker)
         x = maker.run(self.narrow, half_size, read_map(x)).x
         x, statistics = maker.run(Chain([self.join.layer(x, maker.like)], x3.shape[1]), size, read_map(x3))
         del x3
-        for band, target in scaled_bands(x, *styled(self.decoder.join, statistics, style_features), x):
+        for band, target in styled(self.decoder.join, statistics, style_features, noise).bands(x, x):
             target.copy_(band.relu_())
-        self.blocks3.add(x, style_features, maker)
-        chain = Chain([self.edges.layer(x, maker.like)], edges[0].shape[1])
-        x, statistics = maker.run(chain, fine_size, read_scaled(*edges, relu=False))
+        self.blocks3.add(x, style_features, noise, maker)
+        chain = Chain([self.edges.layer(x, maker.like)], edges.shape[1])
+        x, statistics = maker.run(chain, fine_size, read_scaled(edges, matching, relu=False))
         del edges
-        scaled = read_scaled(x, *styled(self.decoder.conv3_1, statistics, style_features), relu=True)
-        maker.run_into(self.paint, fine_size, scaled, write)
+        scaling = styled(self.decoder.conv3_1, statistics, style_features, noise)
+        maker.run_into(self.paint, fine_size, read_scaled(x, scaling, relu=True), write)
 
 
 class FusedBlocks:
@@ -222,14 +239,14 @@ class FusedBlocks:
         """Floating-point operations for a map of that size."""
         return sum(conv.flops for conv in self.convs) * size[0] * size[1]
 
-    def add(self, x: Tensor, style_features: Tensor, maker: MapMaker) -> None:
+    def add(self, x: Tensor, style_features: Tensor, noise: Tensor, maker: MapMaker) -> None:
         """Add to the map x what every block makes of it."""
         size, read = tuple(x.shape[-2:]), read_map(x)
         for number, (block, conv) in enumerate(zip(self.blocks, self.convs, strict=True)):
             inner, statistics = maker.run(Chain([conv], x.shape[1]), size, read)
-            scaling = styled(block, statistics, style_features)
-            read = read_scaled(inner, *scaling, relu=True)
+            scaling = styled(block, statistics, style_features, noise)
+            read = read_scaled(inner, scaling, relu=True)
             if number % 2:
-                for band, target in scaled_bands(inner, *scaling, x):
+                for band, target in scaling.bands(inner, x):
                     target.add_(band)
                 read = read_map(x)

@@ -13,8 +13,10 @@ from a2k_kernels import distributed_attention, progressive_attention
 
 LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
 KNEE = 20.0  # where features are compressed, those well above it count by their logarithm
-SQUARED_UP_TO = 3.0  # differences of `robust_style_loss`; above, it grows linearly
-ROBUST_WEIGHTS = (1.5, 1.5, 1.2, 1.1)  # of relu1_1 .. relu4_1: a small network else neglects fine strokes
+# Of `robust_style_loss`, at relu1_1 .. relu4_1. Weights: a small network else neglects fine strokes. Differences are
+# squared up to a knee; that of relu4_1 is high, as one of its channels is a hundred strong in enlarged paintings.
+ROBUST_WEIGHTS = (1.5, 1.5, 1.2, 1.1)
+ROBUST_KNEES = (3.0, 3.0, 3.0, 20.0)
 
 
 def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
@@ -33,8 +35,8 @@ def global_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
-    """`global_style_loss` in which no channel can drown the others: a difference d above SQUARED_UP_TO = D counts as
-    2 D |d| - D^2 in place of d^2 (Huber 1964), scales are weighted by ROBUST_WEIGHTS.
+    """`global_style_loss` in which no channel can drown the others: a difference d above the knee D counts as
+    2 D |d| - D^2 in place of d^2 (Huber 1964), see ROBUST_KNEES; scales are weighted by ROBUST_WEIGHTS.
 
     A few channels of VGG16 fire rarely and then a hundred times stronger than the rest. On a step in which one does,
     the gradient of the plain loss is its alone, and a network trained from scratch loses the others.
@@ -46,9 +48,11 @@ def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor
 
 def robust_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
     """`robust_style_loss` of two results of `style_statistics`."""
-    weights = [weight for weight in ROBUST_WEIGHTS for _ in range(2)]  # mean and deviation
-    pairs = zip(weights, statistics, targets, strict=True)
-    return sum(2 * weight * F.huber_loss(x, target, delta=SQUARED_UP_TO) for weight, x, target in pairs)
+    of_scales = [of_scale for of_scale in zip(ROBUST_WEIGHTS, ROBUST_KNEES) for _ in range(2)]  # mean and deviation
+    return sum(
+        2 * weight * F.huber_loss(x, target, delta=knee)
+        for (weight, knee), x, target in zip(of_scales, statistics, targets, strict=True)
+    )
 
 
 def band_energies(image: Tensor) -> Tensor:

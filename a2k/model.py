@@ -128,7 +128,8 @@ class StyA2K(nn.Module):
         out = out[:, :, : content.shape[2], : content.shape[3]]
         if not isinstance(self.decoder, StyledDecoder):
             return out
-        return match_colors(out, colors if strength == 1 else colors_of(content).towards(colors, strength))
+        colors = colors if strength == 1 else colors_of(content).towards(colors, strength)
+        return match_colors(out, colors).to(content.dtype)
 
     def transform(
         self, content_features: list[Tensor], style_features: list[Tensor], strength: float = 1.0
@@ -168,6 +169,10 @@ def init_kaiming(module: nn.Module) -> None:
         for linear, bias in ((module.scale, 1.0), (module.shift, 0.0)):
             nn.init.normal_(linear.weight, std=0.1)
             nn.init.constant_(linear.bias, bias)
+        nn.init.zeros_(module.grain.weight)
+        nn.init.zeros_(module.grain.bias)
     if isinstance(module, StyledDecoder):
         nn.init.normal_(module.style.weight, std=2**0.5)
         nn.init.zeros_(module.style.bias)
+        with torch.no_grad():  # else all colours would be nearly one, the mean of the channels
+            module.conv1_1.weight -= module.conv1_1.weight.mean(1, keepdim=True)

@@ -46,7 +46,8 @@ def test_colors_of_a_picture_in_bands(dtype, monkeypatch):
     for actual, expected in zip(colors_of(image), whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     points = np.array(FROM_RGB) @ (image[1].double() / (255 if dtype == torch.uint8 else 1)).flatten(1).numpy()
-    covariance = np.cov(points, bias=True) + np.diag(colors.LEAST_VARIANCES)
+    covariance = np.cov(points, bias=True)
+    covariance += np.diag(colors.LEAST_SHARE * covariance.diagonal() + colors.LEAST_VARIANCE)
     np.testing.assert_allclose(whole.mean[1], points.mean(1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole.factor[1], np.linalg.cholesky(covariance), rtol=1e-3, atol=1e-6)
 

@@ -8,7 +8,7 @@ from tiny import TINY, tiny_model
 
 from a2k import StyA2K, StyA2KConfig
 from a2k.colors import colors_of, match_colors
-from a2k.decoder import Decoder, StyledConv, StyledDecoder, style_vector
+from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_tile, noise_window, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 from a2k.model import CONFIGS, pad_content, pad_image, pad_style
 
@@ -71,7 +71,12 @@ def test_padding_reflects_and_replicates_where_it_cannot():
 def test_padded_part_is_cropped(model):
     content, style = image(41, 55), image(40, 40, seed=1)
     whole = F.pad(content, (0, 9, 0, 7), "reflect")
-    torch.testing.assert_close(model(content, style), model(whole, style)[:, :, :41, :55])
+    if isinstance(model.decoder, StyledDecoder):  # what is cropped does not count for the colours
+        features = model.transform(model.encoder(whole), model.encoder(style))
+        expected = match_colors(model.decoder(*features)[:, :, :41, :55], colors_of(style))
+    else:
+        expected = model(whole, style)[:, :, :41, :55]
+    torch.testing.assert_close(model(content, style), expected)
 
 
 @pytest.mark.parametrize("kind", ENCODER_DEPTHS)
@@ -111,13 +116,32 @@ def test_decoder_size():
     assert out.max() < -1  # no ReLU at the end
 
 
-def test_styled_decoder_sets_statistics():
-    """Whatever comes in, a styled convolution's channels have the mean and deviation that the style asks for."""
+def test_styled_conv_sets_statistics():
+    """Whatever comes in, its channels have the mean and deviation that the style asks for, beside as much noise."""
     conv = StyledConv(6, 5)
-    style = torch.randn(2, 256)
-    out = conv(3 + 2 * torch.randn(2, 6, 30, 20), style)
+    x, style, noise = 3 + 2 * torch.randn(2, 6, 30, 20), torch.randn(2, 256), torch.randn(30, 20)
+    out = conv(x, style, torch.zeros(30, 20))
     torch.testing.assert_close(out.mean((2, 3)), conv.shift(style), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.std((2, 3)), conv.scale(style).abs(), rtol=1e-3, atol=1e-3)
+    grain = conv(x, style, noise) - out
+    torch.testing.assert_close(grain, conv.grain(style)[:, :, None, None] * noise, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_white_and_always_the_same():
+    tile = noise_tile()
+    assert abs(tile.mean()) < 0.02
+    assert abs(tile.var() - 1) < 0.02
+    spectrum = torch.fft.rfft2(tile).abs().square()[1:, 1:]
+    low, high = spectrum[:64, :64].mean(), spectrum[64:, 64:].mean()
+    assert abs(low / high - 1) < 0.1
+    expected = torch.tensor([1.7640523, 0.4001572, 0.978738, 2.2408932])  # numpy's RandomState(0)
+    torch.testing.assert_close(tile[0, :4], expected)
+
+
+def test_noise_covers_the_plane():
+    tile = noise_tile()
+    plane = tile.tile(3, 3)
+    torch.testing.assert_close(noise_window(tile, 250, 530, 3, 700), plane[250:530, 3:700])
 
 
 def test_styled_decoder_size():

@@ -219,12 +219,11 @@ def test_style_losses_learn(options):
 
 
 def test_the_decoder_learns_what_statistics_are_usual(options):
-    """As long as the encoder changes, and a last time when the styles begin; the averaged network too."""
+    """While it copies, and a last time when the styles begin; the averaged network too."""
     options = replace(options, recipe=replace(RECIPE, autoencode_steps=2))
     trainer = Trainer(replace(options, steps=2))
     trainer.run()
     assert not torch.equal(trainer.model.decoder.vector_mean, tiny_model().decoder.vector_mean)
-    encoder = {name: x.clone() for name, x in trainer.model.encoder.state_dict().items()}
     trainer = Trainer(replace(options, steps=4, resume=True))
     crops = torch.cat([torch.stack(trainer.data[i]) for i in range(len(trainer.data))])
     with torch.no_grad():
@@ -233,8 +232,6 @@ def test_the_decoder_learns_what_statistics_are_usual(options):
     for model in (trainer.model, trainer.average):
         torch.testing.assert_close(model.decoder.vector_mean, vectors.mean(0))
         torch.testing.assert_close(model.decoder.vector_deviation, vectors.std(0).clamp_min(LEAST_DEVIATION))
-        for name, x in model.encoder.state_dict().items():
-            assert torch.equal(x, encoder[name])
 
 
 def test_autoencoding_leaves_the_attention_alone(options):

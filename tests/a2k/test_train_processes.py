@@ -183,7 +183,7 @@ def test_two_processes(options, tmp_path, monkeypatch):
 
 def test_interpreted_kernels_follow_the_reference(options, tmp_path):
     pytest.importorskip("triton")
-    recipe = replace(options.recipe, lr=5e-4, content_weight=1.0, autoencode_steps=0)
+    recipe = replace(options.recipe, lr=5e-4, content_weight=1.0, identity_weight=1.0, autoencode_steps=0)
     options = replace(options, recipe=recipe, steps=3, checkpoint_steps=99, validate_steps=99)
     torch.save(options, tmp_path / "options.pt")
     process = subprocess.run(

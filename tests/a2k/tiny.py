@@ -25,13 +25,11 @@ def tiny_model(config: StyA2KConfig = TINY, backend: str | None = None, seed: in
         for module in (model.a2k3, model.a2k4, model.a2k5):
             for parameter in module.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        last = model.decoder.conv1_1
-        if isinstance(last, StyledConv):
-            last.scale.bias.fill_(0.2)
-            last.shift.bias.fill_(0.5)
-        else:
-            last.weight.mul_(0.1)
-            last.bias.fill_(0.5)
+        for module in model.modules():
+            if isinstance(module, StyledConv):
+                torch.nn.init.normal_(module.grain.bias, std=0.2)
+        model.decoder.conv1_1.weight.mul_(0.1)
+        model.decoder.conv1_1.bias.fill_(0.5)
     return model
 
 
