@@ -35,17 +35,21 @@ class MapMaker:
     def __init__(self, storage: Storage, like: Tensor, progress: Callable[[int], object]) -> None:
         self.storage, self.like, self.progress = storage, like, progress
 
-    def run(self, chain: Chain, size: Size, read: Read) -> Map:
-        """The chain's output, for an input of that size, as a new map."""
+    def run(self, chain: Chain, size: Size, read: Read, add: Callable[[Tensor], object] = id) -> Tensor:
+        """The chain's output, for an input of that size, as a new map; add takes its tiles too."""
         x = self.storage.new_map(len(self.like), chain.layers[-1].channels, chain.sizes(size)[-1], self.like.dtype)
-        statistics = Statistics()
 
         def write(window: Window, tile: Tensor) -> None:
             window.of(x).copy_(tile)
-            statistics.add(tile)
+            add(tile)
 
         self.run_into(chain, size, read, write)
-        return Map(x, statistics)
+        return x
+
+    def measure(self, chain: Chain, size: Size, read: Read) -> Map:
+        """As `run`, with the statistics of the new map."""
+        statistics = Statistics()
+        return Map(self.run(chain, size, read, statistics.add), statistics)
 
     def run_into(self, chain: Chain, size: Size, read: Read, write: Write) -> None:
         """Hand every window of the chain's output to write."""
@@ -151,9 +155,9 @@ class FusedDecoder:
     ) -> None:
         """Paint a picture from the A2K outputs at scales 3, 4, 5, whose list is emptied."""
         x3, x4, x5 = (maps.pop(0).x for _ in range(3))
-        x = maker.run(self.merge, tuple(x4.shape[-2:]), read_sum(x4, x5)).x
+        x = maker.run(self.merge, tuple(x4.shape[-2:]), read_sum(x4, x5))
         join = Chain([self.join.layer(x, maker.like), *self.rest], x3.shape[1])
-        x = maker.run(join, tuple(x3.shape[-2:]), read_map(x3)).x
+        x = maker.run(join, tuple(x3.shape[-2:]), read_map(x3))
         maker.run_into(self.paint, tuple(x.shape[-2:]), read_map(x), write)
 
 
@@ -212,17 +216,17 @@ class FusedStyledDecoder:
         edges, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
         half_size, size, fine_size = (tuple(x.shape[-2:]) for x in (x4, x3, edges))
 
-        x = maker.run(self.merge, half_size, read_sum(x4, x5)).x
+        x = maker.run(self.merge, half_size, read_sum(x4, x5))
         del x4, x5
         self.blocks4.add(x, style_features, noise, maker)
-        x = maker.run(self.narrow, half_size, read_map(x)).x
-        x, statistics = maker.run(Chain([self.join.layer(x, maker.like)], x3.shape[1]), size, read_map(x3))
+        x = maker.run(self.narrow, half_size, read_map(x))
+        x, statistics = maker.measure(Chain([self.join.layer(x, maker.like)], x3.shape[1]), size, read_map(x3))
         del x3
         for band, target in styled(self.decoder.join, statistics, style_features, noise).bands(x, x):
             target.copy_(band.relu_())
         self.blocks3.add(x, style_features, noise, maker)
         chain = Chain([self.edges.layer(x, maker.like)], edges.shape[1])
-        x, statistics = maker.run(chain, fine_size, read_scaled(edges, matching, relu=False))
+        x, statistics = maker.measure(chain, fine_size, read_scaled(edges, matching, relu=False))
         del edges
         scaling = styled(self.decoder.conv3_1, statistics, style_features, noise)
         maker.run_into(self.paint, fine_size, read_scaled(x, scaling, relu=True), write)
@@ -243,7 +247,7 @@ class FusedBlocks:
         """Add to the map x what every block makes of it."""
         size, read = tuple(x.shape[-2:]), read_map(x)
         for number, (block, conv) in enumerate(zip(self.blocks, self.convs, strict=True)):
-            inner, statistics = maker.run(Chain([conv], x.shape[1]), size, read)
+            inner, statistics = maker.measure(Chain([conv], x.shape[1]), size, read)
             scaling = styled(block, statistics, style_features, noise)
             read = read_scaled(inner, scaling, relu=True)
             if number % 2:

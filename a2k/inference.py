@@ -260,7 +260,7 @@ class FusedStyA2K:
         maps, size = [], tuple(image.shape[-2:])
         for chain in self.encoder:
             read = read_map(maps[-1].x) if maps else (lambda window, out: from_levels(window.of(image), out))
-            maps.append(maker.run(chain, size, read))
+            maps.append(maker.measure(chain, size, read))
             size = tuple(maps[-1].x.shape[-2:])
         return maps
 

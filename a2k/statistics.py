@@ -1,5 +1,8 @@
 """Statistics of feature maps that come in tiles."""
 
+from functools import cached_property
+
+import torch
 from torch import Tensor
 
 EPS = 1e-5  # of norm()
@@ -10,31 +13,35 @@ class Statistics:
     """Mean and unbiased variance per channel of a map that comes in tiles (Chan et al. 1983)."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.pieces: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def add(self, tile: Tensor) -> None:
         """tile: (B, C, h, w)."""
         rows = max(1, PIECE_ELEMENTS[tile.device.type] // max(1, tile[:, :, :1].numel()))
         for piece in tile.split(rows, 2):
-            self._add(piece.permute(0, 2, 3, 1).flatten(1, 2).float())
+            points = piece.permute(0, 2, 3, 1).flatten(1, 2).float()
+            rounded = points.mean(1)
+            points = points - rounded[:, None]
+            self.pieces.append((points.shape[1], rounded, points.mean(1), points.square_().sum(1)))
+        vars(self).pop("moments", None)
 
-    def _add(self, points: Tensor) -> None:
-        """points: (B, n, C)."""
-        count, rounded = points.shape[1], points.mean(1)
-        points = points - rounded[:, None]
-        rest = points.mean(1).double()
-        mean, squares = rounded.double() + rest, points.square_().sum(1).double() - count * rest.square()
-        difference, total = mean - self.mean, self.count + count
-        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, (B, C) float64."""
+        counts, *parts = zip(*self.pieces, strict=True)
+        rounded, rest, squares = (torch.stack(part).double() for part in parts)
+        counts = torch.tensor(counts, dtype=torch.float64, device=rest.device)[:, None, None]
+        means, total = rounded + rest, counts.sum()
+        mean = (counts * means).sum(0) / total
+        squares = (squares + counts * ((means - mean).square() - rest.square())).sum(0)
+        return mean, squares / (total - 1).clamp_min(1)
 
     @property
     def center(self) -> Tensor:
         """(B, C) float32."""
-        return self.mean.float()
+        return self.moments[0].float()
 
     @property
     def deviation(self) -> Tensor:
         """sqrt(var + eps): (B, C) float32."""
-        return (self.squares / max(1, self.count - 1) + EPS).sqrt().float()
+        return (self.moments[1] + EPS).sqrt().float()

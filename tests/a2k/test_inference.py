@@ -112,12 +112,14 @@ def test_uint8(model):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_near(model, dtype):
-    """To some roundings; a styled decoder multiplies them. The style is one block, so that no match can flip."""
+    """To some roundings; a styled decoder multiplies them, and its results vary more: of 24 pairs of pictures one had 8.
+    The style is one block, so that no match can flip.
+    """
     content, style = pictures(SEEDS[0], (40, 35), (32, 32))
     half = FusedStyA2K(tiny_model(model.config).to(dtype))
     out = half.stylize(content, half.encode_style(style))
     assert out.dtype == torch.float32
-    roundings = 5 if model.config.encoder == "styled" else 1
+    roundings = 12 if model.config.encoder == "styled" else 1
     assert (out - model(content, style)).abs().mean() < roundings * torch.finfo(dtype).eps
 
 
