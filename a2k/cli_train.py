@@ -54,7 +54,7 @@ def add_data_options(group) -> None:
         nargs=2,
         default=(2.0, 2.0),
         metavar=("MIN", "MAX"),
-        help="short side of the resized pictures as a multiple of the crop, drawn between the two (2 2)",
+        help="short side of the resized pictures as a multiple of the crop, drawn for each pair (2 2)",
     )
     group.add_argument("--holdout", type=int, default=40, metavar="N", help="last files kept back (%(default)s)")
     group.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (%(default)s)")

@@ -22,8 +22,8 @@ class PairDataset(Dataset):
 
     Args:
         content_files, style_files: what to draw from. crop: side in pixels. length: number of items. seed: of
-        all random choices. scale: lowest and highest; photo and painting each draw their own, log-uniformly. The
-        published one is 2 (512 and 256 pixels).
+        all random choices. scale: lowest and highest; each pair draws its own, log-uniformly. The published one is 2
+        (512 and 256 pixels).
 
     Raises ValueError unless 1 <= lowest <= highest, and (from an item) ImageError after 100 unreadable files in a row.
     """
@@ -48,12 +48,12 @@ class PairDataset(Dataset):
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, item])
-        content, style = (self._draw(files, rng) for files in self.files)
-        return content, style
-
-    def _draw(self, files: list[Path], rng: np.random.Generator) -> Tensor:
         lowest, highest = self.scale
         short_side = self.crop * lowest * (highest / lowest) ** rng.random()
+        content, style = (self._draw(files, short_side, rng) for files in self.files)
+        return content, style
+
+    def _draw(self, files: list[Path], short_side: float, rng: np.random.Generator) -> Tensor:
         return random_crop(draw_image(files, rng, math.ceil(short_side)), self.crop, short_side, rng)
 
 

@@ -14,9 +14,9 @@ from a2k_kernels import distributed_attention, progressive_attention
 LOCAL_BLOCK_SIZES = (16, 8, 8, 4)  # at relu2_1 .. relu5_1
 KNEE = 20.0  # where features are compressed, those well above it count by their logarithm
 # Of `robust_style_loss`, at relu1_1 .. relu4_1. Weights: a small network else neglects fine strokes. Differences are
-# squared up to a knee; that of relu4_1 is high, as one of its channels is a hundred strong in enlarged paintings.
+# squared up to a knee; that of relu4_1 is higher, as one of its channels is a hundred strong in enlarged paintings.
 ROBUST_WEIGHTS = (1.5, 1.5, 1.2, 1.1)
-ROBUST_KNEES = (3.0, 3.0, 3.0, 20.0)
+ROBUST_KNEES = (3.0, 3.0, 3.0, 6.0)
 
 
 def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor
 
 def robust_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
     """`robust_style_loss` of two results of `style_statistics`."""
-    of_scales = [of_scale for of_scale in zip(ROBUST_WEIGHTS, ROBUST_KNEES) for _ in range(2)]  # mean and deviation
+    of_scales = [of_scale for of_scale in zip(ROBUST_WEIGHTS, ROBUST_KNEES, strict=True) for _ in range(2)]  # mean and deviation
     return sum(
         2 * weight * F.huber_loss(x, target, delta=knee)
         for (weight, knee), x, target in zip(of_scales, statistics, targets, strict=True)

@@ -124,14 +124,14 @@ def test_the_published_scale(files, drawn):
     assert drawn == [(32, 64)] * 2
 
 
-def test_scales_are_log_uniform_and_independent(files, drawn):
+def test_scales_are_log_uniform_and_those_of_a_pair_equal(files, drawn):
     data = dataset(files, length=200, scale=(1.0, 4.0))
     for item in range(len(data)):
         data[item]
-    octaves = np.log2([short_side / crop for crop, short_side in drawn]).reshape(-1, 2)  # of photo and painting
+    octaves, of_paintings = np.log2([short_side / crop for crop, short_side in drawn]).reshape(-1, 2).T
+    np.testing.assert_array_equal(octaves, of_paintings)
     assert 0 <= octaves.min() < 0.05 and 1.95 < octaves.max() <= 2
-    np.testing.assert_allclose(np.histogram(octaves, 4, (0, 2))[0], 100, atol=30)
-    assert abs(np.corrcoef(octaves.T)[0, 1]) < 0.2
+    np.testing.assert_allclose(np.histogram(octaves, 4, (0, 2))[0], 50, atol=22)
 
 
 def test_the_whole_short_side_at_scale_1(files):

@@ -112,7 +112,7 @@ def test_uint8(model):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_near(model, dtype):
-    """To some roundings; a styled decoder multiplies them, and its results vary more: of 24 pairs of pictures one had 8.
+    """To some roundings; a styled decoder multiplies them, and its results vary more: one of 24 pairs had 8.
     The style is one block, so that no match can flip.
     """
     content, style = pictures(SEEDS[0], (40, 35), (32, 32))
