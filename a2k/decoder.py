@@ -107,7 +107,7 @@ class StyledDecoder(nn.Module):
     """The decoder of `styled` networks: the style sets the statistics of its maps too, and edges come from relu2_1.
 
     `merge` and `conv4_1` as in `Decoder`, with residual blocks at scales 4 and 3, and one convolution each at scales 2
-    and 1. The result is luminance and colour differences, whose scale is left to `a2k.colors`.
+    and 1. The result is luminance, with grain, and colour differences; their scale is left to `a2k.colors`.
     """
 
     def __init__(self, channels: tuple[int, ...]) -> None:
@@ -126,6 +126,7 @@ class StyledDecoder(nn.Module):
         self.conv3_1 = StyledConv(c3 + c2, c2)
         self.conv2_1 = nn.Conv2d(c2, c1, 3, padding=1, padding_mode="replicate")
         self.conv1_1 = conv3x3(c1, 3)
+        self.grain = nn.Linear(STYLE_FEATURES, 1)
 
     @torch.no_grad()
     def standardize(self, vectors: Tensor) -> None:
@@ -155,8 +156,10 @@ class StyledDecoder(nn.Module):
         x = upsample(F.relu(self.conv4_1(x), inplace=True))
         x = add_blocks(self.blocks3, F.relu(self.join(torch.cat([x, x3], 1), style, noise3)), style, noise3)
         x = F.relu(self.conv3_1(torch.cat([upsample(x), x2], 1), style, noise2))
-        x = F.relu(self.conv2_1(upsample_smoothly(x)), inplace=True)
-        return self.conv1_1(x)
+        x = self.conv1_1(F.relu(self.conv2_1(upsample_smoothly(x)), inplace=True))
+        noise1 = noise_window(self.noise, 0, x.shape[2], 0, x.shape[3])
+        grain = (self.grain(style)[:, :, None, None] * noise1).to(x.dtype)
+        return torch.cat([x[:, :1] + grain, x[:, 1:]], 1)
 
 
 def residual_blocks(channels: int, count: int) -> nn.ModuleList:

@@ -229,7 +229,13 @@ class FusedStyledDecoder:
         x, statistics = maker.measure(chain, fine_size, read_scaled(edges, matching, relu=False))
         del edges
         scaling = styled(self.decoder.conv3_1, statistics, style_features, noise)
-        maker.run_into(self.paint, fine_size, read_scaled(x, scaling, relu=True), write)
+        grain = self.decoder.grain(style_features)[:, :, None, None]
+
+        def write_grained(window: Window, tile: Tensor) -> None:
+            tile[:, :1] += (grain * noise_window(noise, *window)).to(tile.dtype)
+            write(window, tile)
+
+        maker.run_into(self.paint, fine_size, read_scaled(x, scaling, relu=True), write_grained)
 
 
 class FusedBlocks:

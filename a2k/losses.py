@@ -48,7 +48,9 @@ def robust_style_loss(output_features: list[Tensor], style_features: list[Tensor
 
 def robust_distance(statistics: list[Tensor], targets: list[Tensor]) -> Tensor:
     """`robust_style_loss` of two results of `style_statistics`."""
-    of_scales = [of_scale for of_scale in zip(ROBUST_WEIGHTS, ROBUST_KNEES, strict=True) for _ in range(2)]  # mean and deviation
+    of_scales = [
+        of_scale for of_scale in zip(ROBUST_WEIGHTS, ROBUST_KNEES, strict=True) for _ in range(2)
+    ]  # mean and deviation
     return sum(
         2 * weight * F.huber_loss(x, target, delta=knee)
         for (weight, knee), x, target in zip(of_scales, statistics, targets, strict=True)

@@ -169,6 +169,7 @@ def init_kaiming(module: nn.Module) -> None:
         for linear, bias in ((module.scale, 1.0), (module.shift, 0.0)):
             nn.init.normal_(linear.weight, std=0.1)
             nn.init.constant_(linear.bias, bias)
+    if isinstance(module, StyledConv | StyledDecoder):
         nn.init.zeros_(module.grain.weight)
         nn.init.zeros_(module.grain.bias)
     if isinstance(module, StyledDecoder):

@@ -73,6 +73,7 @@ def test_equals_the_network(model, sizes, elements, monkeypatch):
 @pytest.mark.parametrize("size", ((65, 300), (701, 333), (1500, 900), (64, 1024)), ids=str)
 @pytest.mark.parametrize("name", ("styled", "lite", "vgg19"))
 def test_equals_the_network_at_full_width(name, size, monkeypatch):
+    """The style has few blocks, so that two of them are hardly ever as similar to one of the content."""
     if name == "vgg19" and size[0] > 1000:
         pytest.skip("a minute and 8 GB for the plain network")
     torch.manual_seed(SEEDS[0])
@@ -80,13 +81,11 @@ def test_equals_the_network_at_full_width(name, size, monkeypatch):
     network = StyA2K(CONFIGS[name]).eval().requires_grad_(False)
     network.encoder.apply(init_kaiming)
     network.decoder.apply(init_kaiming)
-    content, style = pictures(SEEDS[0], size, (size[1], size[0] // 2 + 3))
-    with torch.inference_mode():
-        expected = network(content, style)
+    content, style = pictures(SEEDS[0], size, (size[1] // 4, size[0] // 8 + 3))
     for elements in (1 << 16, 1 << 19, 1 << 22):
         set_tiles(monkeypatch, elements)
         fused = FusedStyA2K(network)
-        assert_near(fused.stylize(content, fused.encode_style(style)), expected)
+        assert_as_exact(fused.stylize(content, fused.encode_style(style)), network, content, style)
 
 
 @pytest.mark.parametrize("styles", (1, 3))

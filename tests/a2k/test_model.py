@@ -154,6 +154,19 @@ def test_styled_decoder_size():
     assert out.max() < -1  # no ReLU at the end
 
 
+def test_styled_decoder_grain_is_of_luminance():
+    decoder = StyledDecoder(TINY.channels)
+    maps = [torch.rand(1, 16, 12 // 2**i, 8 // 2**i) for i in range(3)]
+    inputs = *maps, torch.rand(1, 8, 24, 16), torch.rand(1, decoder.vector_mean.numel())
+    without = decoder(*inputs)
+    torch.nn.init.normal_(decoder.grain.weight)
+    grain = decoder.grain(decoder.style_features(inputs[-1])).item()
+    added = decoder(*inputs) - without
+    torch.testing.assert_close(added[0, 0], grain * noise_tile()[:48, :32], rtol=1e-4, atol=1e-6)
+    assert grain
+    assert not added[:, 1:].any()
+
+
 def test_style_vector():
     features = [torch.rand(2, 3, 8, 8), torch.rand(2, 2, 4, 5), torch.rand(2, 1, 1, 1)]
     vector = style_vector(features)

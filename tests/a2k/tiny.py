@@ -8,7 +8,7 @@ from PIL import Image
 
 from a2k import StyA2K, StyA2KConfig
 from a2k.cli import main
-from a2k.decoder import StyledConv
+from a2k.decoder import StyledConv, StyledDecoder
 from a2k.model import init_kaiming
 
 TINY = StyA2KConfig(encoder="styled", channels=(8, 8, 16, 16, 16), num_heads=2, residual="adain")
@@ -26,7 +26,7 @@ def tiny_model(config: StyA2KConfig = TINY, backend: str | None = None, seed: in
             for parameter in module.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for module in model.modules():
-            if isinstance(module, StyledConv):
+            if isinstance(module, StyledConv | StyledDecoder):
                 torch.nn.init.normal_(module.grain.bias, std=0.2)
         model.decoder.conv1_1.weight.mul_(0.1)
         model.decoder.conv1_1.bias.fill_(0.5)
