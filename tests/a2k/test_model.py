@@ -10,7 +10,7 @@ from a2k import StyA2K, StyA2KConfig
 from a2k.colors import colors_of, match_colors
 from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_tile, noise_window, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
-from a2k.model import CONFIGS, pad_content, pad_image, pad_style
+from a2k.model import CONFIGS, init_kaiming, pad_content, pad_image, pad_style
 
 VGG16 = replace(TINY, encoder="vgg16", residual="content")
 
@@ -155,7 +155,7 @@ def test_styled_decoder_size():
 
 
 def test_styled_decoder_grain_is_of_luminance():
-    decoder = StyledDecoder(TINY.channels)
+    decoder = StyledDecoder(TINY.channels).apply(init_kaiming)
     maps = [torch.rand(1, 16, 12 // 2**i, 8 // 2**i) for i in range(3)]
     inputs = *maps, torch.rand(1, 8, 24, 16), torch.rand(1, decoder.vector_mean.numel())
     without = decoder(*inputs)
