@@ -42,16 +42,18 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, relative: float = 
 
 
 def assert_as_exact(actual: torch.Tensor, model: StyA2K, *inputs: object) -> None:
-    """actual is about as far from the float64 network as the plain float32 network is, and within 1e-4.
+    """actual is about as far from the float64 network as the plain float32 network is, rounded in four ways.
 
     A styled decoder divides by deviations seven times over, so that rounding grows with the weights; most where a
-    picture hardly varies. There two ways of rounding differ by chance: 3.5 times was seen.
+    picture hardly varies: of a single column, the plain network too was up to 7e-4 off. There any one way of rounding
+    may be good by chance; of 900 pictures of one column, 6 times the worst of four was seen.
     """
-    doubles = (x.double() if isinstance(x, torch.Tensor) else x for x in inputs)
-    exact = copy.deepcopy(model).double()(*doubles)
-    error, plain = ((x - exact).abs().max().item() for x in (actual, model(*inputs)))
+    content, *rest = inputs
+    exact = copy.deepcopy(model).double()(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs))
+    error = (actual - exact).abs().max().item()
+    plain = max((model(content * (1 + i * 2**-23), *rest) - exact).abs().max().item() for i in range(4))
     print(f"error {error:.1e}, of the plain network {plain:.1e}")
-    assert error <= min(1e-4, 10 * plain + 2e-6)
+    assert error <= 10 * plain + 2e-6
 
 
 @pytest.mark.parametrize("elements", (1000, 20_000, 1 << 22))

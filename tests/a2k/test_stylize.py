@@ -245,12 +245,12 @@ def test_a_long_picture_is_not_blown_up(transfer):
 # --- the network
 
 
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_dtype(dtype, transfer):
+@pytest.mark.parametrize(("dtype", "levels"), (("float16", 1), ("bfloat16", 8)))  # bfloat16 has three bits fewer
+def test_dtype(dtype, levels, transfer):
     half = StyleTransfer(tiny_model(), device="cpu", dtype=dtype)
     assert {p.dtype for p in half.model.parameters()} == {getattr(torch, dtype)}
     content, style = noise(), noise(seed=1)
-    assert difference(half.stylize(content, style), transfer.stylize(content, style)) < 3
+    assert difference(half.stylize(content, style), transfer.stylize(content, style)) < levels
 
 
 @pytest.mark.parametrize("dtype", ("float64", "int8", "nonsense", ""))

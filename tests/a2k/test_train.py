@@ -209,13 +209,16 @@ def test_autoencoding_learns(options):
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 
 
-def test_style_losses_learn(options):
-    trainer = Trainer(replace(options, recipe=replace(RECIPE, autoencode_steps=0, lr=1e-2), steps=1000))
+def test_style_loss_learns(options):
+    """By themselves: the colours are right from the start, and what the content costs hides the rest."""
+    weights = {"content_weight": 0.0, "sharpness_weight": 0.0, "local_weight": 0.0}
+    recipe = replace(RECIPE, autoencode_steps=0, lr=1e-2, **weights)
+    trainer = Trainer(replace(options, recipe=recipe, steps=1000))
     content, style = (torch.stack(images) for images in zip(*(trainer.data[i] for i in range(2)), strict=True))
     trainer.train_step(content, style)
     trainer.step = 300  # past the warm-up
     losses = [trainer.train_step(content, style)["global"] for _ in range(25)]
-    assert min(losses[-4:]) < 0.7 * losses[0]
+    assert max(losses[-4:]) < 0.1 * losses[0]
 
 
 def test_the_decoder_learns_what_statistics_are_usual(options):
