@@ -62,7 +62,7 @@ def add_data_options(group) -> None:
 
 def add_network_options(group) -> None:
     group.add_argument(
-        "--config", choices=("lite", "styled", "vgg16", "vgg19"), default="lite", help="shape (%(default)s)"
+        "--config", choices=("styled", "lite", "vgg16", "vgg19"), default="styled", help="shape (%(default)s)"
     )
     group.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file, see `a2k convert --vgg`")
     group.add_argument("--weights", metavar="W", help="start from these weights: bundled model or file")

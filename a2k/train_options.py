@@ -66,8 +66,8 @@ class TrainOptions:
     style_dir: str
     perceptual: str
     output: str
-    config: str = "lite"
-    recipe: Recipe = RECIPES["lite"]
+    config: str = "styled"
+    recipe: Recipe = RECIPES["styled"]
     crop: int = 128
     scale: tuple[float, float] = (2.0, 2.0)
     batch_size: int = 6

@@ -305,7 +305,7 @@ def test_command_writes_a_network(tmp_path, capsys):
 
 def test_command_writes_an_encoder_to_train_and_evaluate_with(tmp_path, capsys, vgg16, monkeypatch):
     monkeypatch.undo()  # this one needs a random start
-    monkeypatch.setitem(CONFIGS, "lite", TINY)
+    monkeypatch.setitem(CONFIGS, "styled", TINY)
     _, places = torchvision_vgg("vgg16")
     tensors = vgg16.state_dict()
     weights = {

@@ -39,7 +39,7 @@ LAST_STATE = "states/step_00000003.pt"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tiny_vgg, vgg16_file):
     """Tiny networks, and no plots."""
-    monkeypatch.setitem(CONFIGS, "lite", TINY)
+    monkeypatch.setitem(CONFIGS, "styled", TINY)
     monkeypatch.setitem(CONFIGS, "vgg16", replace(TINY, encoder="vgg16", residual="content"))
 
     def load(path):
@@ -153,7 +153,7 @@ def test_options_of_the_command(monkeypatch, command):
     assert (recipe.lr, recipe.global_weight, recipe.local_weight, recipe.content_weight) == (0.5, 1, 2, 3)
     assert (recipe.keys, recipe.autoencode_steps, first.seed, first.dtype) == ("cumulative", 1, 7, "bfloat16")
     assert (first.scale, default.scale) == ((1, 3), (2, 2))
-    assert (default.recipe, default.crop, default.batch_size) == (RECIPES["lite"], 256, 8)
+    assert (default.recipe, default.crop, default.batch_size) == (RECIPES["styled"], 256, 8)
     assert (default.holdout, default.workers, default.resume, default.weights) == (40, 1, False, None)
 
 
@@ -440,7 +440,7 @@ def test_config_unlike_the_perceptual_network(capsys, command, tmp_path, monkeyp
 
 
 def test_start_from_weights(options, tiny_file):
-    recipe = replace(RECIPES["lite"], autoencode_steps=100)
+    recipe = replace(RECIPES["styled"], autoencode_steps=100)
     trainer = Trainer(replace(options, weights=str(tiny_file), recipe=recipe, steps=1))
     for name, x in load_model(tiny_file).state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], x, rtol=0, atol=0)
@@ -459,7 +459,7 @@ def test_resume_of_a_start_from_weights(options, tiny_file):
 def test_weights_of_another_config(capsys, command, tmp_path):
     save_model(tiny_model(replace(TINY, num_heads=4)), tmp_path / "w.safetensors")
     message = refusal(capsys, *command, "--weights", tmp_path / "w.safetensors")
-    assert f"--weights {tmp_path / 'w.safetensors'} is not a lite network" in message
+    assert f"--weights {tmp_path / 'w.safetensors'} is not a styled network" in message
     assert "none.safetensors' are neither a file" in refusal(capsys, *command, "--weights", "none.safetensors")
 
 

@@ -148,7 +148,7 @@ def torchrun(*arguments: object) -> None:
 
 
 def test_two_processes(options, tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "lite", TINY)
+    monkeypatch.setitem(CONFIGS, "styled", TINY)
     monkeypatch.setattr(a2k.checkpoint, "VGG_CHANNELS", TINY.channels)
     monkeypatch.setattr(a2k.train, "plot_losses", lambda log, target: None)
     recipe = replace(options.recipe, lr=1e-7, clip=1e9, content_weight=1.0)  # all steps at nearly the same weights

@@ -15,7 +15,7 @@ from tiny import TINY
 
 def use_tiny_networks() -> None:
     """And no plots, whose libraries take longer to load than the training takes."""
-    CONFIGS["lite"] = TINY
+    CONFIGS["styled"] = TINY
     a2k.checkpoint.VGG_CHANNELS = TINY.channels
     a2k.train.plot_losses = lambda log, target: target.touch()
     a2k.train_log.open_tensorboard = lambda folder, step: None
