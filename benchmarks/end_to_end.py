@@ -262,7 +262,7 @@ def table(found: list[Measurement]) -> str:
     """A row per size, a column per arrangement: seconds, ratio to published, peak memory."""
     cells = {(x.size, x.style_size, x.arrangement): x for x in found}
     lines = [
-        "| content, style | published | float32 | bfloat16 | a2k-lite |",
+        "| content, style | published | float32 | bfloat16 | lite |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for size, style_size in dict.fromkeys((x.size, x.style_size) for x in found):
@@ -323,7 +323,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
 - *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it. The
   ratio is to *published* in the same run.
-- *a2k-lite*: the bundled network's shape, float32.
+- *lite*: the small network's plainer shape, `--config lite`, float32.
 
 Up to 512 px the figures are medians of rounds in which the arrangements take turns.
 
