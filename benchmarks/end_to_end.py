@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-ARRANGEMENTS = ("published", "float32", "bfloat16", "lite")
+ARRANGEMENTS = ("published", "float32", "bfloat16", "styled")
 LARGEST_PUBLISHED = 1024  # one score tensor of a 2048 px picture would take 32 GiB
-LARGEST = {"published": LARGEST_PUBLISHED, "float32": 4096, "bfloat16": 2048, "lite": 8192}
+LARGEST = {"published": LARGEST_PUBLISHED, "float32": 4096, "bfloat16": 2048, "styled": 8192}
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -48,7 +48,7 @@ def network(arrangement: str, device: str = "cpu"):
     from a2k.model import CONFIGS, init_kaiming
 
     torch.manual_seed(0)
-    model = StyA2K(CONFIGS["lite" if arrangement == "lite" else "vgg19"]).eval().requires_grad_(False)
+    model = StyA2K(CONFIGS["styled" if arrangement == "styled" else "vgg19"]).eval().requires_grad_(False)
     model.encoder.apply(init_kaiming)
     model.decoder.apply(init_kaiming)
     model.to(device, torch.bfloat16 if arrangement == "bfloat16" else torch.float32)
@@ -121,14 +121,15 @@ def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     return Measurement(arrangement, size, style_size, min(seconds), peak, work(size, style_size) / rate)
 
 
-STAGES = {  # of FusedStyA2K: functions of `a2k.inference`, and methods of its classes
-    "encoder": "FusedStyA2K._encode",
-    "style's keys": "FusedA2K.style_keys",
-    "queries": "project",
-    "distributed attention": "attend_aggregates",
-    "progressive attention": "progressive_attention",
-    "results' projections": "add_projected",
-    "decoder": "FusedDecoder.run",
+STAGES = {  # of FusedStyA2K, by functions of `a2k.inference` and methods of its classes
+    "FusedStyA2K._encode": "encoder",
+    "FusedA2K.style_keys": "style's keys",
+    "project": "queries",
+    "attend_aggregates": "distributed attention",
+    "progressive_attention": "progressive attention",
+    "add_projected": "results' projections",
+    "FusedDecoder.run": "decoder",
+    "FusedStyledDecoder.run": "decoder",
 }
 STAGES_SIZE = 1024
 
@@ -153,7 +154,7 @@ def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
 
         return call
 
-    for stage, place in STAGES.items():
+    for place, stage in STAGES.items():
         owner, _, name = place.rpartition(".")
         owner = getattr(inference, owner) if owner else inference
         setattr(owner, name, timed(stage, getattr(owner, name)))
@@ -171,7 +172,7 @@ def stage_table() -> str:
         command = [sys.executable, __file__, "--stages", arrangement]
         columns[arrangement] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     lines = [f"| {STAGES_SIZE} px, seconds | {' | '.join(columns)} |", "| --- | ---: | ---: | ---: |"]
-    for stage in STAGES:
+    for stage in dict.fromkeys(STAGES.values()):
         lines.append(f"| {stage} | {' | '.join(f'{spent[stage]:.2f}' for spent in columns.values())} |")
     return "\n".join(lines)
 
@@ -262,7 +263,7 @@ def table(found: list[Measurement]) -> str:
     """A row per size, a column per arrangement: seconds, ratio to published, peak memory."""
     cells = {(x.size, x.style_size, x.arrangement): x for x in found}
     lines = [
-        "| content, style | published | float32 | bfloat16 | lite |",
+        "| content, style | published | float32 | bfloat16 | styled |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for size, style_size in dict.fromkeys((x.size, x.style_size) for x in found):
@@ -272,7 +273,7 @@ def table(found: list[Measurement]) -> str:
             if x is None:
                 row.append("")
                 continue
-            ratio = f" ({base.seconds / x.seconds:.1f}x)" if base and arrangement not in ("published", "lite") else ""
+            ratio = f" ({base.seconds / x.seconds:.1f}x)" if base and arrangement not in ("published", "styled") else ""
             row.append(f"{x.seconds:.2f} s{ratio}, {x.megabytes / 1e3:.2f} GB")
         lines.append(f"| {size}, {style_size} px | {' | '.join(row)} |")
     return "\n".join(lines)
@@ -323,7 +324,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
 - *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it. The
   ratio is to *published* in the same run.
-- *lite*: the small network's plainer shape, `--config lite`, float32.
+- *styled*: the shape of the bundled network, float32.
 
 Up to 512 px the figures are medians of rounds in which the arrangements take turns.
 

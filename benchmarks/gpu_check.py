@@ -120,7 +120,7 @@ torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda
 
 ## The whole network
 
-*published* is float32 in the arrangement of the published code, *lite* the small shape of that name in float32.
+*published* is float32 in the arrangement of the published code, *styled* the bundled network's shape in float32.
 
 {network_table()}
 

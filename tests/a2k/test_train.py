@@ -210,7 +210,7 @@ def test_autoencoding_learns(options):
 
 
 def test_style_loss_learns(options):
-    """By themselves: the colours are right from the start, and what the content costs hides the rest."""
+    """By itself: the colours are right from the start, and what the content costs hides the rest."""
     weights = {"content_weight": 0.0, "sharpness_weight": 0.0, "local_weight": 0.0}
     recipe = replace(RECIPE, autoencode_steps=0, lr=1e-2, **weights)
     trainer = Trainer(replace(options, recipe=recipe, steps=1000))
