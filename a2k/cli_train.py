@@ -47,7 +47,14 @@ def add_train(commands) -> None:
 def add_data_options(group) -> None:
     group.add_argument("--content-dir", required=True, metavar="D", help="folder of photos")
     group.add_argument("--style-dir", required=True, metavar="D", help="folder of paintings")
-    group.add_argument("--crop", type=int, default=256, metavar="PX", help="side of the crops (%(default)s)")
+    group.add_argument(
+        "--crop",
+        type=int,
+        nargs="+",
+        default=[256],
+        metavar="PX",
+        help="side of the crops (256); steps take several in turn, and fewer pairs of the larger ones",
+    )
     group.add_argument(
         "--scale",
         type=float,
@@ -133,7 +140,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     given = {field.name: options.pop(field.name, None) for field in fields(Recipe)}
     changes = {name: value for name, value in given.items() if value is not None}
     options["recipe"] = replace(RECIPES[arguments.config], **changes)
-    options["scale"] = tuple(options["scale"])
+    for name in ("crop", "scale"):
+        options[name] = tuple(options[name])
     options["device"] = str(choose_device(arguments.device))
     if arguments.weights:
         options["weights"] = str(find_weights(arguments.weights))

@@ -4,9 +4,10 @@ To match two moments by a linear map of colours is an old idea (Reinhard et al. 
 network and trained with it: what is known exactly need not be learnt.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from a2k.images import from_levels
 
 # Luminance and two differences of colour from RGB (BT.601, as in JPEG).
 FROM_RGB = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+TO_RGB = np.linalg.inv(FROM_RGB).tolist()
 # Are added to variances, relative to them and as squares of intensities: else what little a colour differs from its
 # prediction, rounding in 16 bit perhaps, could be divided by itself.
 LEAST_SHARE, LEAST_VARIANCE = 1e-3, 1e-6
@@ -35,10 +37,15 @@ class Colors(NamedTuple):
 def colors_of(image: Tensor) -> Colors:
     """Colours, at least float32, of RGB (B, 3, H, W) of any size, uint8 or floating point in [0, 1]."""
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    matrix = torch.tensor(FROM_RGB, dtype=dtype, device=image.device).mT
+    matrix = constant(FROM_RGB, torch.empty(0, dtype=dtype, device=image.device)).mT
     floats = (from_levels(band, torch.empty_like(band, dtype=dtype)) for band in bands(image))
     with torch.autocast(image.device.type, enabled=False):
         return colors_of_parts(points_of(band) @ matrix for band in floats)
+
+
+def constant(matrix: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """The matrix in the dtype and on the device of another tensor; the host does not wait for a GPU's earlier work."""
+    return torch.tensor(matrix, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -82,7 +89,7 @@ def matching(own: Colors, target: Colors) -> tuple[Tensor, Tensor]:
     Luminance is only scaled. What it explains of the first difference is taken out and put back as in the target, then
     likewise what both explain of the second.
     """
-    to_rgb = torch.linalg.inv(own.factor.new_tensor(FROM_RGB)).mT
+    to_rgb = constant(TO_RGB, own.factor).mT
     matrix = torch.linalg.solve_triangular(own.factor, target.factor, upper=False, left=False).mT @ to_rgb
     return matrix, target.mean[:, None] @ to_rgb - own.mean[:, None] @ matrix
 

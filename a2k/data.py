@@ -14,16 +14,16 @@ from a2k.images import ImageError, find_images, read_image, to_tensor
 
 
 class PairDataset(Dataset):
-    """Pairs of crops (3, crop, crop), RGB in [0, 1]. Item i depends on the seed and i alone.
+    """Pairs of crops (3, crop, crop), RGB in [0, 1]. Item i depends on i and the arguments alone.
 
     A picture is resized so that its short side is `scale` times the crop, keeping its aspect, then cropped at random
     and flipped by chance. A file that cannot be read, or is no longer there, is named in a warning and another one is
     drawn.
 
     Args:
-        content_files, style_files: what to draw from. crop: side in pixels. length: number of items. seed: of
-        all random choices. scale: lowest and highest; each pair draws its own, log-uniformly. The published one is 2
-        (512 and 256 pixels).
+        content_files, style_files: what to draw from. crops: sides in pixels; steps take them in turn. step_size: items
+        of a step. length: number of items. seed: of all random choices. scale: lowest and highest; each pair draws its
+        own, log-uniformly. The published one is 2 (512 and 256 pixels).
 
     Raises ValueError unless 1 <= lowest <= highest, and (from an item) ImageError after 100 unreadable files in a row.
     """
@@ -32,7 +32,8 @@ class PairDataset(Dataset):
         self,
         content_files: list[Path],
         style_files: list[Path],
-        crop: int,
+        crops: tuple[int, ...],
+        step_size: int,
         length: int,
         seed: int,
         scale: tuple[float, float] = (2.0, 2.0),
@@ -41,7 +42,7 @@ class PairDataset(Dataset):
         if not 1 <= lowest <= highest < math.inf:
             raise ValueError(f"scale is {lowest:g} {highest:g}; give a lowest of at least 1 and a highest of no less")
         self.files = (content_files, style_files)
-        self.crop, self.length, self.seed, self.scale = crop, length, seed, scale
+        self.crops, self.step_size, self.length, self.seed, self.scale = crops, step_size, length, seed, scale
 
     def __len__(self) -> int:
         return self.length
@@ -49,12 +50,15 @@ class PairDataset(Dataset):
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, item])
         lowest, highest = self.scale
-        short_side = self.crop * lowest * (highest / lowest) ** rng.random()
-        content, style = (self._draw(files, short_side, rng) for files in self.files)
+        crop = self.crop_of(item)
+        short_side = crop * lowest * (highest / lowest) ** rng.random()
+        drawn = (draw_image(files, rng, math.ceil(short_side)) for files in self.files)
+        content, style = (random_crop(image, crop, short_side, rng) for image in drawn)
         return content, style
 
-    def _draw(self, files: list[Path], short_side: float, rng: np.random.Generator) -> Tensor:
-        return random_crop(draw_image(files, rng, math.ceil(short_side)), self.crop, short_side, rng)
+    def crop_of(self, item: int) -> int:
+        """Side of the crops of the step that the item belongs to."""
+        return self.crops[item // self.step_size % len(self.crops)]
 
 
 def draw_image(files: list[Path], rng: np.random.Generator, short_side: int | None = None) -> Image.Image:
@@ -109,24 +113,34 @@ def hold_out(files: list[Path], holdout: int) -> tuple[list[Path], list[Path]]:
 
 
 def make_loader(
-    dataset: Dataset,
+    dataset: PairDataset,
     batch_size: int,
     workers: int,
     first_batch: int = 0,
+    accumulate: int = 1,
     rank: int = 0,
     ranks: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches in the dataset's order, from first_batch on; each of the ranks gets every ranks-th one."""
-    whole = len(dataset) // (batch_size * ranks)
-    starts = ((number * ranks + rank) * batch_size for number in range(first_batch, whole))
+    """What one of the ranks takes in each step from first_batch on: accumulate * batch_size items, fewer where the crop
+    is not the smallest. In every step the ranks take items in their order.
+    """
+    step_size, lots = accumulate * batch_size * ranks, []
+    for start in range(first_batch * step_size, len(dataset) - step_size + 1, step_size):
+        count = accumulate * crops_of_area(batch_size, dataset.crops, dataset.crop_of(start))
+        lots.append(range(start + rank * count, start + (rank + 1) * count))
     return DataLoader(
         dataset,
-        batch_sampler=[range(start, start + batch_size) for start in starts],
+        batch_sampler=lots,
         num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )
+
+
+def crops_of_area(batch_size: int, crops: tuple[int, ...], crop: int) -> int:
+    """How many crops of a side have the area of a batch of the smallest ones, rounded down."""
+    return batch_size * min(crops) ** 2 // crop**2
 
 
 def ignore_signals(_worker: int) -> None:

@@ -16,7 +16,7 @@ KNEE = 20.0  # where features are compressed, those well above it count by their
 # Of `robust_style_loss`, at relu1_1 .. relu4_1. Weights: a small network else neglects fine strokes. Differences are
 # squared up to a knee; that of relu4_1 is higher, as one of its channels is a hundred strong in enlarged paintings.
 ROBUST_WEIGHTS = (1.5, 1.5, 1.2, 1.1)
-ROBUST_KNEES = (3.0, 3.0, 3.0, 6.0)
+ROBUST_KNEES = (3.0, 3.0, 3.0, 10.0)
 
 
 def global_style_loss(output_features: list[Tensor], style_features: list[Tensor]) -> Tensor:

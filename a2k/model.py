@@ -52,7 +52,7 @@ CONFIGS = {
     "vgg19": StyA2KConfig(),
     "vgg16": StyA2KConfig(encoder="vgg16"),
     "lite": StyA2KConfig(encoder="lite", channels=(24, 48, 96, 192, 192), num_heads=4, residual="adain"),
-    "styled": StyA2KConfig(encoder="styled", channels=(16, 32, 64, 128, 128), num_heads=4, residual="adain"),
+    "styled": StyA2KConfig(encoder="styled", channels=(16, 32, 48, 96, 96), num_heads=2, residual="adain"),
 }
 
 
@@ -173,6 +173,7 @@ def init_kaiming(module: nn.Module) -> None:
         nn.init.zeros_(module.grain.weight)
         nn.init.zeros_(module.grain.bias)
     if isinstance(module, StyledDecoder):
+        nn.init.constant_(module.grain.bias, 0.05)  # its sign means nothing, but between the two lies no grain
         nn.init.normal_(module.style.weight, std=2**0.5)
         nn.init.zeros_(module.style.bias)
         with torch.no_grad():  # else all colours would be nearly one, the mean of the channels

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from a2k.checkpoint import load_encoder, load_model, load_strictly, save_model
@@ -62,7 +63,7 @@ class Trainer:
         for module in (self.perceptual, self.model):
             module.to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.validation = Validation(*held, self.perceptual, options.crop, options.batch_size, self.device)
+        self.validation = Validation(*held, self.perceptual, options.crop[0], options.batch_size, self.device)
         self.samples = [[sample(image) for image in images[:SAMPLE_FILES]] for images in held]
         self.style_start = 0 if options.weights else self.recipe.autoencode_steps  # step of the first style loss
         self.step, self.best = 0, float("inf")
@@ -92,9 +93,9 @@ class Trainer:
             files, held_files = hold_out([files[0].with_name(name) for name in names], options.holdout)
             training.append(files)
             held.append(readable_images(held_files or files, VALIDATION_PAIRS))
-        self.step_size = options.batch_size * options.accumulate  # pairs of one process
-        length = options.steps * self.step_size * self.processes.count
-        self.data = PairDataset(*training, options.crop, length, options.seed, options.scale)
+        step_size = options.batch_size * options.accumulate * self.processes.count
+        length = options.steps * step_size
+        self.data = PairDataset(*training, options.crop, step_size, length, options.seed, options.scale)
         self.data[0]  # raises ImageError here and not in another process, where its message would drown
         return held
 
@@ -133,9 +134,10 @@ class Trainer:
         log = self._open_log() if writes else None
         loader = make_loader(
             self.data,
-            self.step_size,
+            options.batch_size,
             options.workers,
             first_batch=self.step,
+            accumulate=options.accumulate,
             rank=self.processes.rank,
             ranks=self.processes.count,
             pin_memory=self.device.type == "cuda",
@@ -256,9 +258,8 @@ class Trainer:
     def _update_average(self) -> None:
         """Exponential moving average of the weights; its decay rises, to forget the start."""
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        for average, parameter in pairs:
-            average.lerp_(parameter, 1 - decay)
+        update = get_ema_multi_avg_fn(decay)
+        update(list(self.average.parameters()), list(self.model.parameters()), self.step)
 
     def validate(self) -> dict[str, float]:
         """Losses of the averaged network on the validation pairs; the best network so far is written."""

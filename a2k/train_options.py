@@ -59,7 +59,8 @@ RECIPES = {
 class TrainOptions:
     """Everything a run is told. Folders and files are paths; sizes are in pixels; weights are loss weights.
 
-    batch_size: pairs that one process computes at a time; a step takes accumulate such batches in every process.
+    crop: sides, which steps take in turn; validation takes the first. batch_size: pairs that one process computes at a
+    time, fewer where the crop is not the smallest; a step takes accumulate such batches in every process.
     """
 
     content_dir: str
@@ -68,7 +69,7 @@ class TrainOptions:
     output: str
     config: str = "styled"
     recipe: Recipe = RECIPES["styled"]
-    crop: int = 128
+    crop: tuple[int, ...] = (128,)
     scale: tuple[float, float] = (2.0, 2.0)
     batch_size: int = 6
     accumulate: int = 1
@@ -89,12 +90,19 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raises TrainingError for a number out of range."""
-        if self.crop < 32 or self.crop % 16:
-            raise TrainingError(f"crop is {self.crop}; it must be a multiple of 16, at least 32")
+        for crop in self.crop:
+            if crop < 32 or crop % 16:
+                raise TrainingError(f"crop is {crop}; it must be a multiple of 16, at least 32")
         at_least_1 = ("batch_size", "accumulate", "steps", "checkpoint_steps", "validate_steps", "keep")
         for name, lowest in (*((name, 1) for name in at_least_1), ("workers", 0), ("seed", 0)):
             if getattr(self, name) < lowest:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        least = -(-(max(self.crop) ** 2) // min(self.crop) ** 2)
+        if self.batch_size < least:
+            raise TrainingError(
+                f"batch_size is {self.batch_size}; with crops of {min(self.crop)} and {max(self.crop)} it must be at "
+                f"least {least}, for one pair of the largest"
+            )
         if not self.recipe.clip > 0:
             raise TrainingError(f"clip is {self.recipe.clip}; it must be above 0")
         if not 0 <= self.recipe.ema_decay < 1:

@@ -21,7 +21,7 @@ def files(tmp_path):
 
 
 def dataset(files, seed=0, crop=32, length=12, scale=(2.0, 2.0)):
-    return PairDataset(*files, crop, length, seed, scale)
+    return PairDataset(*files, (crop,), 2, length, seed, scale)
 
 
 # --- pairs

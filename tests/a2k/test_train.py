@@ -58,7 +58,7 @@ def options(tmp_path, vgg16_file) -> TrainOptions:
         perceptual=str(vgg16_file),
         output=str(tmp_path / "run"),
         recipe=RECIPE,
-        crop=32,
+        crop=(32,),
         batch_size=2,
         steps=4,
         holdout=2,
@@ -153,7 +153,7 @@ def test_options_of_the_command(monkeypatch, command):
     assert (recipe.lr, recipe.global_weight, recipe.local_weight, recipe.content_weight) == (0.5, 1, 2, 3)
     assert (recipe.keys, recipe.autoencode_steps, first.seed, first.dtype) == ("cumulative", 1, 7, "bfloat16")
     assert (first.scale, default.scale) == ((1, 3), (2, 2))
-    assert (default.recipe, default.crop, default.batch_size) == (RECIPES["styled"], 256, 8)
+    assert (default.recipe, default.crop, default.batch_size) == (RECIPES["styled"], (256,), 8)
     assert (default.holdout, default.workers, default.resume, default.weights) == (40, 1, False, None)
 
 
@@ -590,7 +590,7 @@ def test_gradients_that_are_not_finite(options, monkeypatch):
     trainer = Trainer(replace(options, steps=20))
     parameters = trainer.model.decoder.parameters
     before = [x.detach().clone() for x in parameters()]
-    batch = [torch.stack(x) for x in zip(*(trainer.data[i] for i in range(trainer.step_size)), strict=True)]
+    batch = [torch.stack(x) for x in zip(*(trainer.data[i] for i in range(options.batch_size)), strict=True)]
     for step in (1, 2):
         with pytest.warns(UserWarning, match=f"norm is (inf|nan) at step {step}; it is dropped"):
             trainer.train_step(*batch)
@@ -613,7 +613,7 @@ def test_without_matplotlib(capsys, command, tmp_path, monkeypatch):
 
 def test_errors_are_of_three_kinds(options):
     for change, error in (
-        ({"crop": 0}, TrainingError),
+        ({"crop": (0,)}, TrainingError),
         ({"holdout": 9}, ImageError),
         ({"perceptual": "none"}, WeightsError),
     ):

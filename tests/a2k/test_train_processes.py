@@ -39,7 +39,7 @@ def whole_run(tmp_path_factory, tiny_vgg) -> TrainOptions:
         perceptual=str(tmp_path / "vgg.safetensors"),
         output=str(tmp_path / "run"),
         recipe=replace(RECIPES["styled"], autoencode_steps=1, local_weight=0.4),
-        crop=32,
+        crop=(32,),
         scale=(1.0, 2.0),
         batch_size=2,
         steps=STEPS,
@@ -152,7 +152,7 @@ def test_two_processes(options, tmp_path, monkeypatch):
     monkeypatch.setattr(a2k.checkpoint, "VGG_CHANNELS", TINY.channels)
     monkeypatch.setattr(a2k.train, "plot_losses", lambda log, target: None)
     recipe = replace(options.recipe, lr=1e-7, clip=1e9, content_weight=1.0)  # all steps at nearly the same weights
-    options = replace(options, recipe=recipe, steps=4, batch_size=4, accumulate=2, crop=48)
+    options = replace(options, recipe=recipe, steps=4, batch_size=4, accumulate=2, crop=(64, 32))
     options = replace(options, checkpoint_steps=99, validate_steps=99)
     torch.save(options, tmp_path / "options.pt")
     torchrun(HERE / "train_in_two.py", tmp_path / "options.pt", tmp_path)
