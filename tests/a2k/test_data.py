@@ -24,6 +24,11 @@ def dataset(files, seed=0, crop=32, length=12, scale=(2.0, 2.0)):
     return PairDataset(*files, (crop,), 2, length, seed, scale)
 
 
+def alternating(files, length):
+    """Two steps of three items of 32 px, a step of three of 64 px of which one is used, and so on."""
+    return PairDataset(*files, (32, 32, 64), 6, length, 0, (1.0, 1.0))
+
+
 # --- pairs
 
 
@@ -71,6 +76,27 @@ def test_ranks_share_the_items(files):
     assert [len(batches) for batches in ranks] == [1, 1, 1]  # items 6 to 11; the last one makes no step of all ranks
     together = torch.cat([batch[0][0] for batch in ranks])
     torch.testing.assert_close(together, torch.stack([data[i][0] for i in range(6, 12)]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first_step", (0, 1, 2))
+def test_steps_take_several_crops_in_turn(files, first_step):
+    data = alternating(files, 36)
+    batches = list(make_loader(data, 6, 0, first_step))
+    expected = [(6, 32), (6, 32), (1, 64), (6, 32), (6, 32), (1, 64)]
+    assert [(len(photos), photos.shape[-1]) for photos, _ in batches] == expected[first_step:]
+    for step, batch in enumerate(batches, first_step):
+        for k, images in enumerate(batch):
+            assert torch.equal(images, torch.stack([data[6 * step + i][k] for i in range(len(images))]))
+
+
+def test_accumulated_batches_and_ranks_take_crops_of_the_same_step(files):
+    data = PairDataset(*files, (32, 64), 24, 72, 0, (1.0, 1.0))  # steps of 2 ranks x 3 batches x 4 pairs
+    ranks = [[x for x, _ in make_loader(data, 4, 0, accumulate=3, rank=rank, ranks=2)] for rank in range(2)]
+    for batches in ranks:
+        assert [x.shape for x in batches] == [(12, 3, 32, 32), (3, 3, 64, 64), (12, 3, 32, 32)]
+    for step, count in enumerate((12, 3, 12)):
+        together = torch.cat([batches[step] for batches in ranks])
+        assert torch.equal(together, torch.stack([data[24 * step + i][0] for i in range(2 * count)]))
 
 
 # --- crops

@@ -532,6 +532,8 @@ def test_long_and_tiny_pictures(options):
         (("--crop", 40), "crop is 40; it must be a multiple of 16, at least 32"),
         (("--crop", 16), "crop is 16; it must be"),
         (("--crop", -32), "crop is -32; it must be"),
+        (("--crop", 32, 48, 20), "crop is 20; it must be"),
+        (("--crop", 96, 32), "batch_size is 2; with crops of 32 and 96 it must be at least 9, for one pair"),
         (("--scale", 0.5, 2), "scale is 0.5 2; give a lowest of at least 1"),
         (("--scale", 3, 2), "scale is 3 2; give a lowest of at least 1"),
         (("--batch-size", 0), "batch_size is 0; it must be at least 1"),
