@@ -13,7 +13,7 @@ from a2k.encoder import ENCODER_DEPTHS
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}
 
 STYLE_FEATURES = 256  # width of the hidden layer between a style's statistics and the scales and shifts it sets
-RESIDUAL_BLOCKS = {4: 1, 3: 2}  # by scale
+RESIDUAL_BLOCKS = {4: 2, 3: 2}  # by scale
 NOISE_PERIOD = 256  # points after which a map's noise repeats, in both directions
 LEAST_DEVIATION = 0.01  # of a statistic, between styles
 

@@ -52,7 +52,7 @@ CONFIGS = {
     "vgg19": StyA2KConfig(),
     "vgg16": StyA2KConfig(encoder="vgg16"),
     "lite": StyA2KConfig(encoder="lite", channels=(24, 48, 96, 192, 192), num_heads=4, residual="adain"),
-    "styled": StyA2KConfig(encoder="styled", channels=(16, 32, 48, 96, 96), num_heads=2, residual="adain"),
+    "styled": StyA2KConfig(encoder="styled", channels=(16, 32, 64, 128, 128), num_heads=4, residual="adain"),
 }
 
 

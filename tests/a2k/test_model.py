@@ -158,6 +158,7 @@ def test_styled_decoder_grain_is_of_luminance():
     decoder = StyledDecoder(TINY.channels).apply(init_kaiming)
     maps = [torch.rand(1, 16, 12 // 2**i, 8 // 2**i) for i in range(3)]
     inputs = *maps, torch.rand(1, 8, 24, 16), torch.rand(1, decoder.vector_mean.numel())
+    torch.nn.init.zeros_(decoder.grain.bias)
     without = decoder(*inputs)
     torch.nn.init.normal_(decoder.grain.weight)
     grain = decoder.grain(decoder.style_features(inputs[-1])).item()
