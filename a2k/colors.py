@@ -20,7 +20,7 @@ TO_RGB = np.linalg.inv(FROM_RGB).tolist()
 # Are added to variances, relative to them and as squares of intensities: else what little a colour differs from its
 # prediction, rounding in 16 bit perhaps, could be divided by itself.
 LEAST_SHARE, LEAST_VARIANCE = 1e-3, 1e-6
-BAND_POINTS = 1 << 18  # taken at a time, so that they stay in the cache for all passes
+BAND_POINTS = {"cpu": 1 << 18, "cuda": 1 << 22}  # taken at a time, so that they stay in the cache for all passes
 
 
 class Colors(NamedTuple):
@@ -74,7 +74,7 @@ def colors_from(mean: Tensor, covariance: Tensor) -> Colors:
 
 def bands(x: Tensor) -> tuple[Tensor, ...]:
     """(B, C, H, W) in bands of rows."""
-    return x.split(max(1, BAND_POINTS // x[:, 0, 0].numel()), 2)
+    return x.split(max(1, BAND_POINTS[x.device.type] // x[:, 0, 0].numel()), 2)
 
 
 def points_of(x: Tensor) -> Tensor:

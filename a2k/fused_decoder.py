@@ -1,9 +1,11 @@
 """The decoders for inference, in tiles; what is convolved after upsampling is convolved before it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_window
@@ -11,10 +13,12 @@ from a2k.statistics import Statistics
 from a2k.storage import Storage
 from a2k.tiling import Chain, Conv, JoinConv, Size, SmoothUpsampleConv, UpsampleConv, Window, layer_window, upsampled
 
-BAND_ROWS = 32  # of a map that is scaled in place
+BAND_ROWS = {"cpu": 32, "cuda": 1024}  # of a map that is scaled in place
+NOISE_WINDOWS = 16  # that are kept, for maps of one size need the same ones
 
 Read = Callable[[Window, Tensor], object]  # fills a tensor with a window of a map
 Write = Callable[[Window, Tensor], object]  # takes a window of a map
+Noise = Callable[[Window], Tensor]  # a window of a plane of noise, (h, w)
 
 
 class Map(NamedTuple):
@@ -68,25 +72,26 @@ def read_sum(x: Tensor, coarse: Tensor) -> Read:
 
 
 class Scaling(NamedTuple):
-    """scale * x + shift + grain * noise of maps x: per channel, (B, C) float32; noise: the tile of a plane, or none."""
+    """scale * x + shift + grain * noise of maps x: per channel, (B, C) float32; the last two may be left out."""
 
     scale: Tensor
     shift: Tensor
     grain: Tensor | None = None
-    noise: Tensor | None = None
+    noise: Noise | None = None
 
     def fill(self, out: Tensor, x: Tensor, window: Window) -> Tensor:
         """out, of the scaled window of the map x."""
         scale, shift = (parameter[:, :, None, None].to(out) for parameter in (self.scale, self.shift))
         torch.addcmul(shift, window.of(x).to(out.device), scale, out=out)
         if self.noise is not None:
-            out.addcmul_(self.grain[:, :, None, None].to(out), noise_window(self.noise, *window).to(out))
+            out.addcmul_(self.grain[:, :, None, None].to(out), self.noise(window).to(out))
         return out
 
     def bands(self, x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Bands of rows of the scaled map x, and the same bands of out."""
-        for top in range(0, x.shape[2], BAND_ROWS):
-            window = Window(top, min(x.shape[2], top + BAND_ROWS), 0, x.shape[3])
+        rows = BAND_ROWS[self.scale.device.type]
+        for top in range(0, x.shape[2], rows):
+            window = Window(top, min(x.shape[2], top + rows), 0, x.shape[3])
             target = window.of(out)
             yield self.fill(torch.empty_like(target), x, window), target
 
@@ -166,12 +171,19 @@ def style_vector(statistics: Sequence[Statistics]) -> Tensor:
     return torch.cat([x for of_map in statistics for x in (of_map.center, of_map.deviation)], 1)
 
 
-def styled(conv: StyledConv, statistics: Statistics, style: Tensor, noise: Tensor) -> Scaling:
-    """What turns a map with these statistics into the output of a `StyledConv`."""
-    linears = conv.scale, conv.shift, conv.grain
-    scale, shift, grain = (linear(style.to(linear.weight.dtype)).float() for linear in linears)
-    scale = scale / statistics.deviation
-    return Scaling(scale, shift - scale * statistics.center, grain, noise)
+class Styling:
+    """What a style makes of the output of a `StyledConv`'s convolution."""
+
+    def __init__(self, conv: StyledConv) -> None:
+        linears = conv.scale, conv.shift, conv.grain
+        self.weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.bias = torch.cat([linear.bias.detach() for linear in linears])
+
+    def scaling(self, statistics: Statistics, style: Tensor, noise: Noise) -> Scaling:
+        """Of a map with these statistics; style: (B, STYLE_FEATURES)."""
+        scale, shift, grain = F.linear(style.to(self.weight.dtype), self.weight, self.bias).float().chunk(3, 1)
+        scale = scale / statistics.deviation
+        return Scaling(scale, shift - scale * statistics.center, grain, noise)
 
 
 def matched(own: Statistics, style: Statistics, strength: float) -> Scaling:
@@ -191,8 +203,10 @@ class FusedStyledDecoder:
         self.narrow = Chain([Conv(conv4_1.weight, conv4_1.bias)], conv4_1.in_channels)
         coarse_channels = conv4_1.out_channels
         self.join = JoinedConv(decoder.join.conv, coarse_channels, relu=False)
+        self.join_styling = Styling(decoder.join)
         self.blocks3 = FusedBlocks(decoder.blocks3)
         self.edges = JoinedConv(decoder.conv3_1.conv, coarse_channels, relu=False)
+        self.edges_styling = Styling(decoder.conv3_1)
         conv2_1, conv1_1 = decoder.conv2_1, decoder.conv1_1
         layers = [SmoothUpsampleConv(conv2_1.weight, conv2_1.bias), Conv(conv1_1.weight, conv1_1.bias, relu=False)]
         self.paint = Chain(layers, conv2_1.in_channels)
@@ -212,7 +226,8 @@ class FusedStyledDecoder:
         own = style_vector([statistics for _, statistics in maps])
         vector = own + strength * (style_vector(style) - own)
         style_features = self.decoder.style_features(vector)
-        matching, noise = matched(maps[0].statistics, style[0], strength), self.decoder.noise
+        noise = lru_cache(NOISE_WINDOWS)(lambda window: noise_window(self.decoder.noise, *window))
+        matching = matched(maps[0].statistics, style[0], strength)
         edges, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
         half_size, size, fine_size = (tuple(x.shape[-2:]) for x in (x4, x3, edges))
 
@@ -222,17 +237,17 @@ class FusedStyledDecoder:
         x = maker.run(self.narrow, half_size, read_map(x))
         x, statistics = maker.measure(Chain([self.join.layer(x, maker.like)], x3.shape[1]), size, read_map(x3))
         del x3
-        for band, target in styled(self.decoder.join, statistics, style_features, noise).bands(x, x):
+        for band, target in self.join_styling.scaling(statistics, style_features, noise).bands(x, x):
             target.copy_(band.relu_())
         self.blocks3.add(x, style_features, noise, maker)
         chain = Chain([self.edges.layer(x, maker.like)], edges.shape[1])
         x, statistics = maker.measure(chain, fine_size, read_scaled(edges, matching, relu=False))
         del edges
-        scaling = styled(self.decoder.conv3_1, statistics, style_features, noise)
+        scaling = self.edges_styling.scaling(statistics, style_features, noise)
         grain = self.decoder.grain(style_features)[:, :, None, None]
 
         def write_grained(window: Window, tile: Tensor) -> None:
-            tile[:, :1] += (grain * noise_window(noise, *window)).to(tile.dtype)
+            tile[:, :1] += (grain * noise(window)).to(tile.dtype)
             write(window, tile)
 
         maker.run_into(self.paint, fine_size, read_scaled(x, scaling, relu=True), write_grained)
@@ -242,19 +257,19 @@ class FusedBlocks:
     """Residual blocks of a styled decoder."""
 
     def __init__(self, blocks: Sequence[StyledConv]) -> None:
-        self.blocks = blocks
+        self.stylings = [Styling(block) for block in blocks]
         self.convs = [Conv(block.conv.weight, block.conv.bias, relu=False) for block in blocks]
 
     def work(self, size: Size) -> int:
         """Floating-point operations for a map of that size."""
         return sum(conv.flops for conv in self.convs) * size[0] * size[1]
 
-    def add(self, x: Tensor, style_features: Tensor, noise: Tensor, maker: MapMaker) -> None:
+    def add(self, x: Tensor, style_features: Tensor, noise: Noise, maker: MapMaker) -> None:
         """Add to the map x what every block makes of it."""
         size, read = tuple(x.shape[-2:]), read_map(x)
-        for number, (block, conv) in enumerate(zip(self.blocks, self.convs, strict=True)):
+        for number, (styling, conv) in enumerate(zip(self.stylings, self.convs, strict=True)):
             inner, statistics = maker.measure(Chain([conv], x.shape[1]), size, read)
-            scaling = styled(block, statistics, style_features, noise)
+            scaling = styling.scaling(statistics, style_features, noise)
             read = read_scaled(inner, scaling, relu=True)
             if number % 2:
                 for band, target in scaling.bands(inner, x):
