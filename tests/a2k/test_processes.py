@@ -5,24 +5,36 @@ import pytest
 
 SCRIPT = """
 import resource
+import sys
 import torch
-from a2k.processes import keep_freed_memory
+from a2k import processes
+
+keep, size = getattr(processes, sys.argv[1]), int(sys.argv[2])
 
 def faults_of_a_map():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 25)
+    torch.ones(size >> 2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults_of_a_map()
 default = faults_of_a_map()
-keep_freed_memory()
+keep()
 print(default, min(faults_of_a_map() for _ in range(8)))  # small objects may take the start of a free place, at first
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_kept():
-    """A map of 128 MiB takes pages from the system anew every time, and then no more."""
-    run = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True, timeout=120)
-    default, kept = map(int, run.stdout.split())
-    assert kept < 0.1 * default
+@pytest.mark.parametrize(
+    ("function", "size", "kept"),
+    [
+        ("keep_freed_memory", 128 << 20, True),
+        ("keep_freed_tiles", 31 << 20, True),
+        ("keep_freed_tiles", 128 << 20, False),
+    ],
+)
+def test_freed_memory_is_kept(function, size, kept):
+    """A map takes pages from the system anew every time, and where they are kept no more."""
+    command = [sys.executable, "-c", SCRIPT, function, str(size)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    before, after = map(int, run.stdout.split())
+    assert (after < 0.1 * before) == kept
