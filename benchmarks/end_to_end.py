@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from a2k.processes import KEPT_BETWEEN_PICTURES, keep_freed_memory
+
 ROOT = Path(__file__).parents[1]
 ARRANGEMENTS = ("published", "float32", "bfloat16", "styled")
 LARGEST_PUBLISHED = 1024  # one score tensor of a 2048 px picture would take 32 GiB
@@ -107,6 +109,8 @@ def picture(size: int, device: str = "cpu") -> torch.Tensor:
 
 def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     """In this process: the faster of two runs, the second one left out for large pictures."""
+    if arrangement != "published":
+        keep_freed_memory(KEPT_BETWEEN_PICTURES)  # as `a2k stylize` does
     (run, work), content, style = network(arrangement), picture(size), picture(style_size)
     rate = convolution_rate(torch.bfloat16 if arrangement == "bfloat16" else torch.float32)
     if arrangement == "published":
@@ -138,6 +142,7 @@ def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
     """Seconds of the stages of one picture, its style included, in this process, by the second of two runs."""
     from a2k import inference
 
+    keep_freed_memory(KEPT_BETWEEN_PICTURES)
     (run, _), content, style = network(arrangement), picture(size), picture(size)
     spent, inside = {}, []
 
@@ -322,8 +327,9 @@ Time for one picture, its style included, and the peak memory of the process, on
 - *published*: the arrangement of the published code, float32: contiguous NCHW maps, one convolution per projection,
   unfolded copies of blocks, whole score tensors ([benchmarks/published.py](../benchmarks/published.py), tested against
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
-- *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it. The
-  ratio is to *published* in the same run.
+- *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it, which
+  has the C library keep freed memory; in your own programs `a2k.processes.keep_freed_memory()` does. The ratio is to
+  *published* in the same run.
 - *styled*: the shape of the bundled network, float32.
 
 Up to 512 px the figures are medians of rounds in which the arrangements take turns.
