@@ -106,10 +106,10 @@ def memory_size(text: str) -> int:
 def run_stylize(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from a2k.processes import KEPT_BETWEEN_PICTURES, keep_freed_memory
+    from a2k.processes import keep_freed_tiles
     from a2k.stylize import StyleTransfer
 
-    keep_freed_memory(KEPT_BETWEEN_PICTURES)
+    keep_freed_tiles()
     jobs = list(plan_pictures(arguments.content, arguments.style, arguments.output))
     transfer = StyleTransfer(
         arguments.weights,
@@ -285,10 +285,10 @@ def add_evaluate(commands) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from a2k.evaluate import evaluate
     from a2k.images import write_image
-    from a2k.processes import KEPT_BETWEEN_PICTURES, keep_freed_memory
+    from a2k.processes import keep_freed_tiles
     from a2k.stylize import StyleTransfer
 
-    keep_freed_memory(KEPT_BETWEEN_PICTURES)
+    keep_freed_tiles()
     options = {"device": arguments.device, "dtype": arguments.dtype, "backend": arguments.backend}
     report, sheet = evaluate(
         arguments.content_dir,

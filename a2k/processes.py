@@ -52,17 +52,29 @@ def join_processes(device: str) -> Processes:
     return Processes(dist.get_rank(), count, place)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-KEPT_BETWEEN_PICTURES = 256 << 20  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
+LARGEST_KEPT = 32 << 20  # bytes of a map; glibc allows no more
+MOST_KEPT = 256 << 20  # bytes
 
 
-def keep_freed_memory(most: int = 2**31 - 1) -> None:
-    """Have glibc keep memory that is freed for what comes next, at most so many bytes at the end of its heap.
+def keep_freed_memory() -> None:
+    """Have glibc keep memory that is freed for what comes next: for training, whose steps are all alike.
 
     By default it returns that of large maps to the system, which must then clear every page anew in every step.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt:
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, most)
+    set_malloc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def keep_freed_tiles() -> None:
+    """As `keep_freed_memory`, but of maps up to 32 MiB and at most 256 MiB: for redrawing pictures tile by tile, where
+    whole maps of a large picture must not stay.
+    """
+    set_malloc({M_MMAP_THRESHOLD: LARGEST_KEPT, M_TRIM_THRESHOLD: MOST_KEPT})
+
+
+def set_malloc(options: dict[int, int]) -> None:
+    """Set options of glibc's allocator; other systems have none."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if mallopt:
+        for option, value in options.items():
+            mallopt(option, value)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from a2k.processes import KEPT_BETWEEN_PICTURES, keep_freed_memory
+from a2k.processes import keep_freed_tiles
 
 ROOT = Path(__file__).parents[1]
 ARRANGEMENTS = ("published", "float32", "bfloat16", "styled")
@@ -110,7 +110,7 @@ def picture(size: int, device: str = "cpu") -> torch.Tensor:
 def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     """In this process: the faster of two runs, the second one left out for large pictures."""
     if arrangement != "published":
-        keep_freed_memory(KEPT_BETWEEN_PICTURES)  # as `a2k stylize` does
+        keep_freed_tiles()  # as `a2k stylize` does
     (run, work), content, style = network(arrangement), picture(size), picture(style_size)
     rate = convolution_rate(torch.bfloat16 if arrangement == "bfloat16" else torch.float32)
     if arrangement == "published":
@@ -142,7 +142,7 @@ def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
     """Seconds of the stages of one picture, its style included, in this process, by the second of two runs."""
     from a2k import inference
 
-    keep_freed_memory(KEPT_BETWEEN_PICTURES)
+    keep_freed_tiles()
     (run, _), content, style = network(arrangement), picture(size), picture(size)
     spent, inside = {}, []
 
@@ -328,7 +328,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   unfolded copies of blocks, whole score tensors ([benchmarks/published.py](../benchmarks/published.py), tested against
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
 - *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it, which
-  has the C library keep freed memory; in your own programs `a2k.processes.keep_freed_memory()` does. The ratio is to
+  has the C library keep freed tiles; in your own programs `a2k.processes.keep_freed_tiles()` does. The ratio is to
   *published* in the same run.
 - *styled*: the shape of the bundled network, float32.
 

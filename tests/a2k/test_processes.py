@@ -3,15 +3,13 @@ import sys
 
 import pytest
 
-from a2k.processes import KEPT_BETWEEN_PICTURES
-
 SCRIPT = """
 import resource
 import sys
 import torch
-from a2k.processes import keep_freed_memory
+from a2k import processes
 
-most, size = map(int, sys.argv[1:])
+keep, size = getattr(processes, sys.argv[1]), int(sys.argv[2])
 
 def faults_of_a_map():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -20,16 +18,23 @@ def faults_of_a_map():
 
 faults_of_a_map()
 default = faults_of_a_map()
-keep_freed_memory(most)
+keep()
 print(default, min(faults_of_a_map() for _ in range(8)))  # small objects may take the start of a free place, at first
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-@pytest.mark.parametrize(("most", "size"), [(2**31 - 1, 512 << 20), (KEPT_BETWEEN_PICTURES, 128 << 20)])
-def test_freed_memory_is_kept(most, size):
-    """A map takes pages from the system anew every time, and then no more."""
-    command = [sys.executable, "-c", SCRIPT, str(most), str(size)]
+@pytest.mark.parametrize(
+    ("function", "size", "kept"),
+    [
+        ("keep_freed_memory", 128 << 20, True),
+        ("keep_freed_tiles", 31 << 20, True),
+        ("keep_freed_tiles", 128 << 20, False),
+    ],
+)
+def test_freed_memory_is_kept(function, size, kept):
+    """A map takes pages from the system anew every time, and where they are kept no more."""
+    command = [sys.executable, "-c", SCRIPT, function, str(size)]
     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    default, kept = map(int, run.stdout.split())
-    assert kept < 0.1 * default
+    before, after = map(int, run.stdout.split())
+    assert (after < 0.1 * before) == kept
