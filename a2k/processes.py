@@ -1,4 +1,4 @@
-"""The processes of one training: one, or as many as `torchrun` started."""
+"""The processes of one training, one or as many as `torchrun` started; and what a process asks of its allocator."""
 
 import ctypes
 import os
@@ -54,7 +54,7 @@ def join_processes(device: str) -> Processes:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 LARGEST_KEPT = 32 << 20  # bytes of a map; glibc allows no more
-MOST_KEPT = 256 << 20  # bytes
+MOST_KEPT = 256 << 20  # bytes at the end of the heap
 
 
 def keep_freed_memory() -> None:
@@ -66,8 +66,8 @@ def keep_freed_memory() -> None:
 
 
 def keep_freed_tiles() -> None:
-    """As `keep_freed_memory`, but of maps up to 32 MiB and at most 256 MiB: for redrawing pictures tile by tile, where
-    whole maps of a large picture must not stay.
+    """As `keep_freed_memory`, but of maps up to 32 MiB, and 256 MiB at the end of the heap: for redrawing pictures tile by
+    tile, where whole maps of a large picture must not stay.
     """
     set_malloc({M_MMAP_THRESHOLD: LARGEST_KEPT, M_TRIM_THRESHOLD: MOST_KEPT})
 
