@@ -66,8 +66,8 @@ def keep_freed_memory() -> None:
 
 
 def keep_freed_tiles() -> None:
-    """As `keep_freed_memory`, but of maps up to 32 MiB, and 256 MiB at the end of the heap: for redrawing pictures tile by
-    tile, where whole maps of a large picture must not stay.
+    """As `keep_freed_memory`, but of maps up to 32 MiB, and 256 MiB at the end of the heap: for redrawing pictures tile
+    by tile, where whole maps of a large picture must not stay.
     """
     set_malloc({M_MMAP_THRESHOLD: LARGEST_KEPT, M_TRIM_THRESHOLD: MOST_KEPT})
 
