@@ -113,15 +113,18 @@ def test_uint8(model):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_is_near(model, dtype):
-    """To some roundings; a styled decoder multiplies them, and its results vary more: one of 24 pairs had 8.
+    """At most twice the error of the plain network in that dtype; of 400 pairs for each case, the worst was 1.74 times.
     The style is one block, so that no match can flip.
     """
     content, style = pictures(SEEDS[0], (40, 35), (32, 32))
-    half = FusedStyA2K(tiny_model(model.config).to(dtype))
-    out = half.stylize(content, half.encode_style(style))
+    expected = model(content, style)
+    half = tiny_model(model.config).requires_grad_(False).to(dtype)
+    fused, plain = FusedStyA2K(half), half(content.to(dtype), style.to(dtype))
+    out = fused.stylize(content, fused.encode_style(style))
     assert out.dtype == torch.float32
-    roundings = 12 if model.config.encoder == "styled" else 1
-    assert (out - model(content, style)).abs().mean() < roundings * torch.finfo(dtype).eps
+    error, plain_error = ((x - expected).abs().mean() for x in (out, plain))
+    print(f"seed {SEEDS[0]}, error {error:.1e}, of the plain network {plain_error:.1e}")
+    assert error < 2 * plain_error
 
 
 def test_bfloat16_by_minimal_filtering_is_near():
