@@ -106,7 +106,7 @@ def memory_size(text: str) -> int:
 def run_stylize(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from a2k.processes import keep_freed_tiles
+    from a2k.allocator import keep_freed_tiles
     from a2k.stylize import StyleTransfer
 
     keep_freed_tiles()
@@ -283,9 +283,9 @@ def add_evaluate(commands) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
+    from a2k.allocator import keep_freed_tiles
     from a2k.evaluate import evaluate
     from a2k.images import write_image
-    from a2k.processes import keep_freed_tiles
     from a2k.stylize import StyleTransfer
 
     keep_freed_tiles()

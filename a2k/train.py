@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from a2k.allocator import keep_freed_memory
 from a2k.checkpoint import load_encoder, load_model, load_strictly, save_model
 from a2k.data import PairDataset, hold_out, make_loader, readable_images
 from a2k.decoder import StyledDecoder, style_vector
 from a2k.encoder import PERCEPTUAL_DEPTHS
 from a2k.images import find_images, to_pil, to_tensor, write_image
 from a2k.model import CONFIGS, StyA2K
-from a2k.processes import join_processes, keep_freed_memory
+from a2k.processes import join_processes
 from a2k.schedules import SCHEDULES
 from a2k.sheet import contact_sheet
 from a2k.train_log import TrainLog, describe, plot_losses, significant

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from a2k.processes import keep_freed_tiles
+from a2k.allocator import keep_freed_tiles
 
 ROOT = Path(__file__).parents[1]
 ARRANGEMENTS = ("published", "float32", "bfloat16", "styled")
@@ -328,7 +328,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   unfolded copies of blocks, whole score tensors ([benchmarks/published.py](../benchmarks/published.py), tested against
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
 - *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it, which
-  has the C library keep freed tiles; in your own programs `a2k.processes.keep_freed_tiles()` does. The ratio is to
+  has the C library keep freed tiles; in your own programs `a2k.allocator.keep_freed_tiles()` does. The ratio is to
   *published* in the same run.
 - *styled*: the shape of the bundled network, float32.
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from a2k import StyA2K
+from a2k.allocator import keep_freed_memory
 from a2k.encoder import Encoder
 from a2k.model import CONFIGS, init_kaiming
-from a2k.processes import keep_freed_memory
 from a2k.train_losses import TrainingLosses
 from a2k.train_options import RECIPES
 

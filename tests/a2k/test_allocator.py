@@ -7,9 +7,9 @@ SCRIPT = """
 import resource
 import sys
 import torch
-from a2k import processes
+from a2k import allocator
 
-keep, size = getattr(processes, sys.argv[1]), int(sys.argv[2])
+keep, size = getattr(allocator, sys.argv[1]), int(sys.argv[2])
 
 def faults_of_a_map():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
