@@ -569,6 +569,20 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out == f"a2k {a2k.__version__}\n"
 
 
+@pytest.mark.parametrize("command", ([], ["train"], ["evaluate"]))
+def test_help_does_not_wait_for_torch(command):
+    script = "import sys; from a2k.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    arguments = [sys.executable, "-c", script, *command, "--help"]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert run.stdout.startswith("usage: "), run.stderr
+    assert run.stdout.endswith("False\n")
+
+
+def test_classes_are_listed():
+    assert set(dir(a2k)) >= {"A2K", "StyA2K", "StyA2KConfig", "StyleTransfer"}
+    assert not hasattr(a2k, "Sty2K")
+
+
 def test_no_command(capsys):
     with pytest.raises(SystemExit) as caught:
         main([])
