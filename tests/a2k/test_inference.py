@@ -128,19 +128,21 @@ def test_half_precision_is_near(model, dtype):
 
 
 def test_bfloat16_by_minimal_filtering_is_near():
-    """Channels as wide as it takes: the error of the picture is at most twice that of the plain bfloat16 network."""
+    """Channels as wide as it takes: the error of pictures is at most twice that of the plain bfloat16 network. Of single
+    pictures 1.3 to 2 times was seen, so four count together.
+    """
     torch.manual_seed(0)
     model = StyA2K(StyA2KConfig(channels=(64, 128, 128, 128, 128))).requires_grad_(False)
     model.apply(lambda module: init_kaiming(module) if isinstance(module, torch.nn.Conv2d) else None)
-    content, style = (torch.nn.functional.avg_pool2d(x, 5, 1) for x in pictures(SEEDS[0], (100, 100), (84, 84)))
-    expected = model(content, style)
-    model.bfloat16()
-    plain, fused = model(content.bfloat16(), style.bfloat16()).float(), FusedStyA2K(model)
-    error, plain_error = (
-        (x - expected).square().mean().sqrt() for x in (fused.stylize(content, fused.encode_style(style)), plain)
-    )
-    print(f"error {error:.1e}, of the plain network {plain_error:.1e}, deviation {expected.std():.1e}")
-    assert error < 2 * plain_error
+    half = copy.deepcopy(model).bfloat16()
+    fused_half, error, plain_error = FusedStyA2K(half), 0, 0
+    for seed in SEEDS:
+        content, style = (torch.nn.functional.avg_pool2d(x, 5, 1) for x in pictures(seed, (100, 100), (84, 84)))
+        expected = model(content, style)
+        error += (fused_half.stylize(content, fused_half.encode_style(style)) - expected).square().mean()
+        plain_error += (half(content.bfloat16(), style.bfloat16()).float() - expected).square().mean()
+    print(f"seeds {SEEDS}, errors {error.sqrt():.1e}, of the plain network {plain_error.sqrt():.1e}")
+    assert error.sqrt() < 2 * plain_error.sqrt()
 
 
 def test_nan_is_an_error(model):
