@@ -185,11 +185,11 @@ def test_module(residual, seed, monkeypatch):
     assert_near(content, expected, max(1e-5, torch.finfo(torch.float32).eps * largest))
 
 
-@pytest.mark.parametrize("piece", (1, 80, 1 << 13))
+@pytest.mark.parametrize("piece", (1, 400, 1 << 20))
 @pytest.mark.parametrize("offset", (0.0, 1e3))
 def test_statistics(offset, piece, monkeypatch):
     """Of tiles as of the whole, and exact where the mean is large."""
-    monkeypatch.setitem(statistics_module.PIECE_POINTS, "cpu", piece)
+    monkeypatch.setitem(statistics_module.PIECE_ELEMENTS, "cpu", piece)
     x = torch.randn(2, 5, 30, 17, dtype=torch.float64) * torch.rand(5, 1, 1) + offset
     statistics = Statistics()
     for tile in (x[:, :, :7], x[:, :, 7:8, :1], x[:, :, 7:8, 1:], x[:, :, 8:]):
@@ -200,9 +200,24 @@ def test_statistics(offset, piece, monkeypatch):
     torch.testing.assert_close(statistics.deviation, deviation, rtol=1e-4, atol=1e-6)
 
 
-def test_one_point_has_variance_zero():
+@pytest.mark.parametrize("piece", (1, 400, 1 << 20))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_statistics_in_16_bit(dtype, piece, monkeypatch):
+    """In float32, of what the map holds."""
+    monkeypatch.setitem(statistics_module.PIECE_ELEMENTS, "cpu", piece)
+    x = (torch.randn(2, 5, 30, 17) + 3).to(dtype)
     statistics = Statistics()
-    statistics.add(torch.full((1, 2, 1, 1), 5.0))
+    for tile in (x[:, :, :7], x[:, :, 7:8, :1], x[:, :, 7:8, 1:], x[:, :, 8:]):
+        statistics.add(tile)
+    x = x.double()
+    torch.testing.assert_close(statistics.center, x.mean((2, 3)).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.deviation, (x.var((2, 3)) + 1e-5).sqrt().float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_one_point_has_variance_zero(dtype):
+    statistics = Statistics()
+    statistics.add(torch.full((1, 2, 1, 1), 5.0, dtype=dtype))
     torch.testing.assert_close(statistics.deviation, torch.full((1, 2), 1e-5**0.5))
 
 
