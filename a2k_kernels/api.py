@@ -216,7 +216,7 @@ def progressive_attention(
     check_same_channels(query, key)
     blocks = {"block_size": block_size, "num_heads": num_heads}
     run = backend_for(backend, query, key, value, **blocks)
-    if run is torch_backend and torch_backend.can_match_and_attend(query, key, value):
+    if run is torch_backend and torch_backend.infers_on_cpu(query, key, value):
         out, index = torch_backend.match_and_attend(query, key, value, scale=real("scale", scale), **blocks)
         out = out.contiguous(memory_format=output_format(query))
     else:

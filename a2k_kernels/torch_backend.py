@@ -16,6 +16,7 @@ from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, spli
 from a2k_kernels.dtypes import at_least_float32
 
 BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
+CACHE_SCORES = 1 << 20  # of a band of distributed attention, on a processor
 CACHE_ELEMENTS = 1 << 21  # of all that a band of progressive attention works on, on a processor
 
 
@@ -57,16 +58,26 @@ def in_bands(function: Callable, query: Tensor, band_rows: int) -> Tensor:
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, exists: Tensor | None = None) -> Tensor:
     """softmax(scale * q @ k^T) @ v over the last two dimensions; the softmax in at least float32.
 
-    float16 scores are summed in float32: its range is too small for inner products.
+    float16 scores are summed in float32: its range is too small for inner products. The softmax of bfloat16 scores is
+    computed in float32 and rounded once, as here, without copies; for a gradient it would keep the rounded one.
     """
     if q.dtype == torch.float16:
         q, k = q.float(), k.float()
     if scale != 1:
         q = q * scale
-    scores = at_least_float32(q @ k.mT)
+    scores = q @ k.mT
+    if scores.requires_grad:
+        scores = at_least_float32(scores)
     if exists is not None:
         scores = scores.masked_fill(~exists, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def infers_on_cpu(*maps: Tensor) -> bool:
+    """Whether maps are on a processor, and no graph for gradients or a compiler is recorded and nothing is cast."""
+    is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
+    is_special = is_recorded or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return maps[0].device.type == "cpu" and not is_special
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -130,10 +141,25 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
+    if query.dtype == torch.bfloat16 and infers_on_cpu(query, k_agg, v_agg):
+        return attend_in_cache(query, k_agg, v_agg, scale)
     if fused and query.stride(1) == 1 and query.dtype != torch.float16:  # here PyTorch streams the scores itself
         return attend(query, 0)
     scores_per_row = B * num_heads * W * k_agg.shape[2]
     return in_bands(attend, query, max(1, BAND_ELEMENTS // max(1, scores_per_row)))
+
+
+def attend_in_cache(query: Tensor, key_agg: Tensor, value_agg: Tensor, scale: float) -> Tensor:
+    """attend_aggregates in bfloat16 on a processor, where PyTorch's fused attention computes in float32: faster."""
+    (B, _, H, W), (num_heads, n, d_v) = query.shape, value_agg.shape[1:]
+    q = query.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, H * W, d)
+    out = query.new_empty(B, H * W, num_heads, d_v)
+    for first, count in head_groups(num_heads, B * H * W * n, CACHE_SCORES):
+        heads = slice(first, first + count)
+        rows = max(1, CACHE_SCORES // max(1, B * count * n))
+        for band, target in zip(q[:, heads].split(rows, 2), out[:, :, heads].split(rows, 1), strict=True):
+            target.copy_(softmax_attention(band, key_agg[:, heads], value_agg[:, heads], scale).transpose(1, 2))
+    return out.flatten(2).unflatten(1, (H, W)).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -161,13 +187,6 @@ def attend_selected(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float
     """
     exists = None if exists is None else exists[index][..., None, :]
     return softmax_attention(q, select_blocks(k, index), select_blocks(v, index), scale, exists)
-
-
-def can_match_and_attend(*maps: Tensor) -> bool:
-    """Whether match_and_attend may take the place of block_match and block_attention."""
-    is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
-    is_special = is_recorded or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return maps[0].device.type == "cpu" and not is_special
 
 
 def match_and_attend(query, key, value, *, block_size, num_heads, scale):
