@@ -37,10 +37,10 @@ class Colors(NamedTuple):
 def colors_of(image: Tensor) -> Colors:
     """Colours, at least float32, of RGB (B, 3, H, W) of any size, uint8 or floating point in [0, 1]."""
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    matrix = constant(FROM_RGB, torch.empty(0, dtype=dtype, device=image.device)).mT
-    floats = (from_levels(band, torch.empty_like(band, dtype=dtype)) for band in bands(image))
+    matrix = constant(FROM_RGB, torch.empty(0, dtype=dtype, device=image.device))
+    floats = (from_levels(band, torch.empty(band.shape, dtype=dtype, device=image.device)) for band in bands(image))
     with torch.autocast(image.device.type, enabled=False):
-        return colors_of_parts(points_of(band) @ matrix for band in floats)
+        return colors_of_parts(matrix @ planes_of(band) for band in floats)
 
 
 def constant(matrix: Sequence[Sequence[float]], like: Tensor) -> Tensor:
@@ -50,21 +50,22 @@ def constant(matrix: Sequence[Sequence[float]], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def colors_of_parts(parts: Iterable[Tensor]) -> Colors:
-    """Colours of luminance and colour differences (B, n, 3) that come in parts, of their dtype (Chan et al. 1983)."""
+    """Colours of luminance and colour differences (B, 3, n) that come in parts, of their dtype (Chan et al. 1983)."""
     count, mean, products = 0, 0.0, 0.0
-    for points in parts:
-        own_mean, own_products = (moment.double() for moment in moments(points))
-        difference, total = own_mean - mean, count + points.shape[1]
-        shift = difference[:, :, None] * difference[:, None] * (count * points.shape[1] / total)
-        products, mean, count = products + own_products + shift, mean + difference * (points.shape[1] / total), total
-    return Colors(*(x.to(points.dtype) for x in colors_from(mean, products / count)))
+    for planes in parts:
+        own_mean, own_products = (moment.double() for moment in moments(planes))
+        difference, points = own_mean - mean, planes.shape[2]
+        shift = difference[:, :, None] * difference[:, None] * (count * points / (count + points))
+        products, mean = products + own_products + shift, mean + difference * (points / (count + points))
+        count += points
+    return Colors(*(x.to(planes.dtype) for x in colors_from(mean, products / count)))
 
 
-def moments(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (B, C), and sums of products of differences from it (B, C, C), of points (B, n, C)."""
-    mean = points.mean(1, dtype=torch.float64).to(points.dtype)  # of a million points float32 would lose digits
-    points = points - mean[:, None]
-    return mean, points.mT @ points
+def moments(planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, C), and sums of products of differences from it (B, C, C), of points (B, C, n)."""
+    mean = planes.mean(2, dtype=torch.float64).to(planes.dtype)  # of a million points float32 would lose digits
+    planes = planes - mean[..., None]
+    return mean, planes @ planes.mT
 
 
 def colors_from(mean: Tensor, covariance: Tensor) -> Colors:
@@ -77,27 +78,27 @@ def bands(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, BAND_POINTS[x.device.type] // x[:, 0, 0].numel()), 2)
 
 
-def points_of(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H * W, C): a view of a whole channels_last map."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+def planes_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, C, H * W), contiguous: products of matrices with only three columns would be slow."""
+    return x.contiguous().flatten(2)
 
 
 def matching(own: Colors, target: Colors) -> tuple[Tensor, Tensor]:
-    """Matrix (B, 3, 3) and shift (B, 1, 3) for points @ matrix + shift: RGB of the target's colours from luminance and
+    """Matrix (B, 3, 3) and shift (B, 3, 1) for matrix @ planes + shift: RGB of the target's colours from luminance and
     colour differences of the given ones.
 
     Luminance is only scaled. What it explains of the first difference is taken out and put back as in the target, then
     likewise what both explain of the second.
     """
-    to_rgb = constant(TO_RGB, own.factor).mT
-    matrix = torch.linalg.solve_triangular(own.factor, target.factor, upper=False, left=False).mT @ to_rgb
-    return matrix, target.mean[:, None] @ to_rgb - own.mean[:, None] @ matrix
+    to_rgb = constant(TO_RGB, own.factor)
+    matrix = to_rgb @ torch.linalg.solve_triangular(own.factor, target.factor, upper=False, left=False)
+    return matrix, to_rgb @ target.mean[..., None] - matrix @ own.mean[..., None]
 
 
 def match_colors(x: Tensor, target: Colors) -> Tensor:
     """RGB (B, 3, H, W) of the target's colours, at least float32, from luminance and colour differences of any."""
     with torch.autocast(x.device.type, enabled=False):
-        points = points_of(at_least_float32(x))
-        mean, products = moments(points)
-        matrix, shift = matching(colors_from(mean, products / points.shape[1]), target)
-        return (points @ matrix + shift).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        planes = planes_of(at_least_float32(x))
+        mean, products = moments(planes)
+        matrix, shift = matching(colors_from(mean, products / planes.shape[2]), target)
+        return (matrix @ planes + shift).unflatten(2, x.shape[2:]).contiguous(memory_format=torch.channels_last)

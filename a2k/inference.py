@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from a2k.aggregates import Projection, projected_aggregates
 from a2k.attention import A2K
-from a2k.colors import Colors, bands, colors_of, colors_of_parts, matching, points_of
+from a2k.colors import Colors, bands, colors_of, colors_of_parts, matching, planes_of
 from a2k.decoder import StyledDecoder
 from a2k.fused_decoder import FusedDecoder, FusedStyledDecoder, Map, MapMaker, read_map
 from a2k.images import from_levels, to_levels
@@ -226,12 +226,12 @@ class FusedStyA2K:
         self.decoder.run(maps, style.statistics, strength, lambda window, tile: window.of(x).copy_(tile), maker)
         x = x[:, :, : content.shape[2], : content.shape[3]]
         colors = style.colors if strength == 1 else colors_of(content).towards(style.colors, strength)
-        parts = (points_of(band).to(self.parameter.device).float() for band in bands(x))
+        parts = (planes_of(band.to(self.parameter.device).float()) for band in bands(x))
         matrix, shift = matching(colors_of_parts(parts), colors)
         out = torch.empty_like(content)
         for band, target in zip(bands(x), bands(out), strict=True):
-            points = points_of(band).to(self.parameter.device).float() @ matrix + shift
-            painted = points.unflatten(1, band.shape[2:]).permute(0, 3, 1, 2)
+            planes = matrix @ planes_of(band.to(self.parameter.device).float()) + shift
+            painted = planes.unflatten(2, band.shape[2:])
             target.copy_(painted if out.is_floating_point() else to_levels(painted))
         return out
 

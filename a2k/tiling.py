@@ -246,10 +246,20 @@ class MaxPool:
         return NO_MARGIN
 
     def __call__(self, x: Tensor, window: Window, out: Tensor | None = None) -> Tensor:
-        x = F.max_pool2d(x, 2, ceil_mode=True)
+        x = max_pool(x)
         if out is None:
             return x.relu_() if self.relu else x
         return torch.clamp_min(x, 0, out=out) if self.relu else out.copy_(x)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """2x2 maximum. On a processor two maxima of every other row and column are faster than torch's pooling, which finds
+    the places of the maxima too.
+    """
+    if x.device.type == "cuda" or any(length % 2 for length in x.shape[2:]):
+        return F.max_pool2d(x, 2, ceil_mode=True)
+    rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 def tile_elements(layers: Sequence[Conv | MaxPool], device: str) -> int:
