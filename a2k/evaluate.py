@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ class Scores:
     Against the painting: style_loss (`a2k.losses.global_style_loss`), gram_loss (`gram_matrices`) and color_distance
     (`color_quantiles`). style_loss_shuffled: the style loss against a painting that was not asked for. Against the
     photo: content_loss (`a2k.losses.content_loss`), `vgg_distance` and `ssim`. seconds_per_picture: of a network,
-    from PIL image to PIL image; None for a folder.
+    from PIL image to PIL image, their median; None for a folder.
     """
 
     name: str
@@ -119,7 +119,7 @@ def evaluate(
     scores = []
     for name, values in measured.items():
         means = {measure: fmean(value[measure] for value in values) for measure in values[0]}
-        seconds = fmean(sources[name].seconds) if name in networks else None
+        seconds = median(sources[name].seconds) if name in networks else None
         scores.append(Scores(name, **means, seconds_per_picture=seconds))
     report = Report(f"{kind} ({Path(perceptual).name})", len(chosen), size, scores)
     return report, comparison_sheet(["photo", "painting", *networks, *map(str, results)], rows)
