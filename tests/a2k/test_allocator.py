@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ print(default, min(faults_of_a_map() for _ in range(8)))  # small objects may ta
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 @pytest.mark.parametrize(
     ("function", "size", "kept"),
     [
