@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, split_blocks
 from a2k_kernels.dtypes import at_least_float32
+from a2k_kernels.products import times_transposed
 
 BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
 CACHE_SCORES = 1 << 20  # of a band of distributed attention, on a processor
@@ -141,7 +142,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
-    if query.dtype == torch.bfloat16 and infers_on_cpu(query, k_agg, v_agg):
+    if query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg):
         return attend_in_cache(query, k_agg, v_agg, scale)
     if fused and query.stride(1) == 1 and query.dtype != torch.float16:  # here PyTorch streams the scores itself
         return attend(query, 0)
@@ -150,7 +151,9 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
 
 
 def attend_in_cache(query: Tensor, key_agg: Tensor, value_agg: Tensor, scale: float) -> Tensor:
-    """attend_aggregates in bfloat16 on a processor, where PyTorch's fused attention computes in float32: faster."""
+    """attend_aggregates on a processor: faster than PyTorch's fused attention, which multiplies as `@` does in float32,
+    and so too what is in bfloat16.
+    """
     (B, _, H, W), (num_heads, n, d_v) = query.shape, value_agg.shape[1:]
     q = query.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, H * W, d)
     out = query.new_empty(B, H * W, num_heads, d_v)
@@ -158,7 +161,9 @@ def attend_in_cache(query: Tensor, key_agg: Tensor, value_agg: Tensor, scale: fl
         heads = slice(first, first + count)
         rows = max(1, CACHE_SCORES // max(1, B * count * n))
         for band, target in zip(q[:, heads].split(rows, 2), out[:, :, heads].split(rows, 1), strict=True):
-            target.copy_(softmax_attention(band, key_agg[:, heads], value_agg[:, heads], scale).transpose(1, 2))
+            scores = times_transposed(scale * band, key_agg[:, heads])
+            attended = times_transposed(scores.softmax(-1), value_agg[:, heads].mT)
+            target.copy_(attended.transpose(1, 2))
     return out.flatten(2).unflatten(1, (H, W)).permute(0, 3, 1, 2)
 
 
@@ -169,7 +174,7 @@ def block_match(query, key, *, block_size, num_heads):
     for group in head_groups(num_heads, key.numel() // num_heads, BAND_ELEMENTS):
         q, k = (at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key))
         band = max(1, BAND_ELEMENTS // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
-        groups.append(join([(rows @ k.mT).argmax(-1).int() for rows in q.split(band, 2)], 2))
+        groups.append(join([times_transposed(rows, k).argmax(-1).int() for rows in q.split(band, 2)], 2))
     return join(groups, 1)
 
 
@@ -211,7 +216,7 @@ def match_and_attend(query, key, value, *, block_size, num_heads, scale):
         for top in range(0, rows, band_rows):
             part = slice(top * block_size, (top + band_rows) * block_size)
             q = group_blocks(query[:, :, part], block_size, num_heads, first, count)
-            selected = (at_least_float32(q.flatten(-2)) @ flat_k.mT).argmax(-1)
+            selected = times_transposed(at_least_float32(q.flatten(-2)), flat_k).argmax(-1)
             attended = attend_selected(q, k, v, selected, scale, exists)
             index[:, heads, top : top + band_rows] = selected.unflatten(2, (-1, cols))
             target = out[:, first * d_v : (first + count) * d_v, part]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE, LAYOUTS, assert_near, fresh_seeds, make_case
 
-from a2k_kernels import attend_aggregates, block_aggregate, distributed_attention, torch_backend
+from a2k_kernels import attend_aggregates, block_aggregate, distributed_attention, products, torch_backend
 
 GEOMETRIES = (
     {"d_k": 3, "d_v": 5, "query_size": (7, 10), "key_size": (9, 6)},
@@ -48,18 +48,20 @@ def test_is_half_of_distributed_attention(backend, geometry, seed):
 @pytest.mark.parametrize("seed", fresh_seeds(2))
 @pytest.mark.parametrize("elements", (1, 100, 1 << 20))
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda x: f"{x['d_k']}-{x['d_v']}")
-def test_bfloat16_without_gradients(geometry, elements, seed, monkeypatch):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_without_gradients(dtype, geometry, elements, seed, monkeypatch):
     """In groups of heads and bands of any size: at most twice the error of the formula, step by step in that dtype."""
     monkeypatch.setattr(torch_backend, "CACHE_SCORES", elements)
+    monkeypatch.setattr(products, "LEAST_FLOPS", 0)
     layouts = (LAYOUTS[seed % len(LAYOUTS)], "contiguous", "contiguous")
     case = make_case("distributed_attention", **geometry, layouts=layouts, seed=seed)
-    query, key, value = (case.tensors[name].detach().bfloat16() for name in ("query", "key", "value"))
+    query, key, value = (case.tensors[name].detach().to(dtype) for name in ("query", "key", "value"))
     aggregates = block_aggregate(key, value, block_size=case.options["block_size"], num_heads=case.options["num_heads"])
     exact = attend_aggregates(*(x.double() for x in (query, *aggregates)), scale=0.3, backend="reference")
     out = attend_aggregates(query, *aggregates, scale=0.3, backend="torch")
     q, (k, v) = query.flatten(2).unflatten(1, (aggregates[0].shape[1], -1)).mT, aggregates
     plain = ((0.3 * q @ k.mT).softmax(-1) @ v).mT.flatten(1, 2).unflatten(2, query.shape[2:])
-    assert (out.dtype, out.stride()) == (torch.bfloat16, exact.stride())
+    assert (out.dtype, out.stride()) == (dtype, attend_aggregates(query, *aggregates, backend="reference").stride())
     error, plain_error = ((x - exact).square().mean().sqrt().item() for x in (out, plain))
     print(f"seed {seed}, error {error:.1e}, of the formula {plain_error:.1e}")
     assert error <= 2 * plain_error
