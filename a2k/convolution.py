@@ -28,7 +28,11 @@ class ReflectedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return convolve(pad(x), weight, bias)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # which would pad in float32
+            x, weight, bias = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight, bias))
+        with torch.autocast(device, enabled=False):
+            return convolve(pad(x), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -51,8 +55,7 @@ def pad(x: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Without padding."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and suits_winograd(x, weight):
+    if suits_winograd(x, weight):
         B, _, H, W = x.shape
         out = torch.empty(B, len(weight), H - 2, W - 2, memory_format=torch.channels_last)
         return Winograd(weight, bias, (H, W))(x, relu=False, out=out)

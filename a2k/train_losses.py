@@ -1,5 +1,6 @@
 """The losses of one training batch, as a module that `DistributedDataParallel` can wrap."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,9 @@ class TrainingLosses(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.perceptual, self.recipe = model, perceptual, recipe
+        self.model, self.recipe = model, recipe
+        # Autocast would convert what is frozen in every call.
+        self.perceptual = perceptual if dtype == torch.float32 else copy.deepcopy(perceptual).to(dtype)
         self.dtype, self.backend, self.checkpoint_activations = dtype, backend, checkpoint_activations
         self.shares_encoder = same_tensors(model.encoder, perceptual)
         self.autoencoding = False
