@@ -13,7 +13,7 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     do unused on processors that are not Intel's.
     """
     flops = 2 * a.shape[-2] * a.shape[-1] * b.shape[-2]
-    if flops < LEAST_FLOPS or not has_onednn(a):
+    if flops < LEAST_FLOPS or not has_onednn(a) or not a.numel():
         return a @ b.mT
     products = [product(x, y) for x, y in zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)]
     out = torch.stack(products) if len(products) > 1 else products[0]

@@ -69,3 +69,7 @@ def test_large_products_are_left_to_onednn(monkeypatch):
     assert calls == [(128, 128)] * 2
     times_transposed(torch.randn(2, 64, 128), torch.randn(2, 128, 128))
     assert len(calls) == 2
+
+
+def test_empty_batch():
+    assert times_transposed(torch.empty(0, 2, 256, 128), torch.empty(0, 2, 256, 128)).shape == (0, 2, 256, 256)
