@@ -20,7 +20,8 @@ def faults_of_a_map():
 faults_of_a_map()
 default = faults_of_a_map()
 keep()
-print(default, min(faults_of_a_map() for _ in range(8)))  # small objects may take the start of a free place, at first
+# Small objects may take the end of a free place, which then is too small: aligned maps ask for more than they keep.
+print(default, min(faults_of_a_map() for _ in range(40)))
 """
 
 
