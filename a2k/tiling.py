@@ -20,7 +20,7 @@ Size = tuple[int, int]  # height, width
 Margin = tuple[int, int, int, int]  # 1 or 0 for each side: top, bottom, left, right
 Taps = tuple[Tensor, ...]  # of a kernel, along one dimension
 NO_MARGIN: Margin = (0, 0, 0, 0)
-TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a chain's largest intermediate map
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a chain's largest intermediate map
 
 
 class Window(NamedTuple):

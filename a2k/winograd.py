@@ -17,14 +17,16 @@ OUTPUTS = 4  # of a tile, in each direction
 # Kernels meet tiles in multiples of this, the last ones being zero: for other numbers, 80 and 98 among them, oneDNN may
 # lay out the kernels otherwise, anew in every call, which takes 30 times as long.
 TILES = 64
-TILE_BYTES = 1 << 15  # of one point of the tiles that each thread computes at a time, so that they stay in its cache
+# Of one point of the tiles that each thread computes at a time: enough to read the kernels seldom, and so few that the
+# tiles stay in a cache.
+TILE_BYTES = 1 << 17
 # Where polynomials are evaluated, beside infinity, by number of taps: of small rounding errors in experiments.
 # In bfloat16 it matters most that matrices are exact: then equal inputs, nearly what maps are made of, still cancel.
 POINTS = {
     torch.float32: {2: (0, 1, -1 / 2, -2), 3: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)},
     torch.bfloat16: {2: (0, 1, -1 / 2, -2), 3: (0, 1, -1, 1 / 2, -2)},
 }
-LEAST_WEIGHTS = {torch.float32: 64 * 64 * 9, torch.bfloat16: 64 * 128 * 9}  # of a layer where it pays
+LEAST_WEIGHTS = 128 * 128 * 9  # of a layer where it pays
 
 
 def transforms(taps: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,7 +53,7 @@ def pays(weight: Tensor) -> bool:
     """Whether `Winograd` is faster than torch's convolution by that kernel, as measured."""
     outputs, inputs = weight.shape[:2]
     fits = weight.device.type == "cpu" and weight.dtype in POINTS and torch.backends.mkldnn.is_available()
-    if not fits or outputs % 16 or inputs % 16 or weight.numel() < LEAST_WEIGHTS[weight.dtype]:
+    if not fits or outputs % 16 or inputs % 16 or weight.numel() < LEAST_WEIGHTS:
         return False
     return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
