@@ -11,7 +11,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from a2k.cli_train import add_train, with_config_file
+from a2k.allocator import restart_without_thread_caches
+from a2k.cli_train import add_train, run_train, with_config_file
 from a2k.version import __version__
 
 USAGE_ERROR = 2
@@ -19,9 +20,11 @@ WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 with one line on stderr."""
+    """Run the command line, by default this program's. Returns the exit code: 0, or 2 with one line on stderr."""
     try:
         arguments = build_parser().parse_args(with_config_file(sys.argv[1:] if argv is None else argv))
+        if argv is None and arguments.run is run_train:
+            restart_without_thread_caches()
         return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print_error(error)

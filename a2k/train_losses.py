@@ -85,6 +85,8 @@ class TrainingLosses(nn.Module):
         self.perceptual = perceptual if dtype == torch.float32 else copy.deepcopy(perceptual).to(dtype)
         self.dtype, self.backend, self.checkpoint_activations = dtype, backend, checkpoint_activations
         self.shares_encoder = same_tensors(model.encoder, perceptual)
+        if self.shares_encoder:  # in memory too
+            model.encoder.load_state_dict(perceptual.state_dict(), assign=True)
         self.autoencoding = False
         self.hints = nn.ModuleList()
         if model.config.encoder == "styled":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from a2k import StyA2K
-from a2k.allocator import keep_freed_memory
+from a2k.allocator import keep_freed_memory, restart_without_thread_caches
 from a2k.encoder import Encoder
 from a2k.model import CONFIGS, init_kaiming
 from a2k.train_losses import TrainingLosses
@@ -149,6 +149,8 @@ def main() -> None:
     arguments = parser.parse_args()
     options = (arguments.crop, arguments.batch_size, arguments.steps)
     if arguments.one:
+        if arguments.one != "published":
+            restart_without_thread_caches()  # as `a2k train` does
         print(json.dumps(asdict(measure(arguments.one, *options))))
         return
     found = {name: [] for name in ARRANGEMENTS}

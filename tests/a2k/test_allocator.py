@@ -25,7 +25,41 @@ print(default, min(faults_of_a_map() for _ in range(40)))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+RESTART = """
+import os
+import sys
+from a2k.allocator import restart_without_thread_caches
+
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True)
+restart_without_thread_caches()
+print("once")
+"""
+of_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+
+
+@of_glibc
+@pytest.mark.parametrize(
+    ("given", "tunables"),
+    [
+        (None, "glibc.malloc.tcache_count=0"),
+        ("glibc.malloc.perturb=0", "glibc.malloc.perturb=0:glibc.malloc.tcache_count=0"),
+    ],
+)
+def test_restart(monkeypatch, given, tunables):
+    """As the same process, with the same arguments."""
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    else:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    command = [sys.executable, "-c", RESTART, "train", "a b"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    first, second, last = run.stdout.splitlines()
+    pid = first.split()[0]
+    assert first == f"{pid} {given} ['train', 'a b']"
+    assert (second, last) == (f"{pid} {tunables} ['train', 'a b']", "once")
+
+
+@of_glibc
 @pytest.mark.parametrize(
     ("function", "size", "kept"),
     [
