@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from a2k.winograd import Winograd, pays
 
-WIDE, LARGE = 128, 64 * 64  # channels, and points of a batch, from which Winograd's filtering pays its preparation
+LARGE = 64 * 64  # points of a batch, from which Winograd's filtering pays its preparation
 
 
 def conv3x3(in_channels: int, out_channels: int) -> "ReflectedConv2d":
@@ -65,8 +65,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def suits_winograd(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling():  # its preparation is not for a graph
         return False
-    large = x[:, 0].numel() >= LARGE and min(weight.shape[:2]) >= WIDE
-    return large and x.dtype == weight.dtype == torch.float32 and pays(weight)
+    return x[:, 0].numel() >= LARGE and x.dtype == weight.dtype == torch.float32 and pays(weight)
 
 
 def grad_of_padded(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

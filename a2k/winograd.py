@@ -26,7 +26,7 @@ POINTS = {
     torch.float32: {2: (0, 1, -1 / 2, -2), 3: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)},
     torch.bfloat16: {2: (0, 1, -1 / 2, -2), 3: (0, 1, -1, 1 / 2, -2)},
 }
-LEAST_WEIGHTS = 128 * 128 * 9  # of a layer where it pays
+LEAST_WEIGHTS = 128 * 256 * 9  # of a layer where it pays
 
 
 def transforms(taps: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -342,9 +342,9 @@ of one 3x3 convolution of 256 channels, measured in the same process: a floor fo
 {floor_table(found)}
 
 Ours computes less than the published arrangement: a convolution after upsampling is done before it, with 4/9 of the
-operations, and the projections of a style are made once for all its photos. For layers of 128 channels
-and more minimal filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the multiplications of a 3x3
-convolution, and gets about half of its time.
+operations, and the projections of a style are made once for all its photos. For 128 x 256 channels
+and more, minimal filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the multiplications of a 3x3
+convolution, and about half of its time.
 
 Where the time goes, style and content of one size:
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import a2k.convolution
 from a2k.convolution import conv3x3
 
-LARGE = (4, 128, 160, 33, 37)  # batch, channels in and out, height, width: by minimal filtering
+LARGE = (4, 128, 256, 33, 37)  # batch, channels in and out, height, width: by minimal filtering
 SMALL = (2, 3, 5, 4, 2)
 
 
