@@ -7,6 +7,11 @@ from torch.autograd.function import once_differentiable
 
 from a2k.winograd import Winograd, pays
 
+# What a kernel's three taps, next to values that come in equal pairs, do to a pair's value: for the outputs of the last
+# place before the pair, of its two places and of the one after it.
+TO_OUTPUTS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
+# The same by outputs: for the first place of a pair the values before and here, for the second here and after.
+BY_OUTPUTS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 LARGE = 64 * 64  # points of a batch, from which Winograd's filtering pays its preparation
 
 
@@ -21,6 +26,10 @@ class ReflectedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return ReflectedConvolution.apply(x, self.weight, self.bias)
 
+    def of_upsampled(self, x: Tensor) -> Tensor:
+        """Of a map upsampled by two, nearest neighbour: (B, C_in, H, W) -> (B, C_out, 2 H, 2 W), H, W >= 1."""
+        return UpsampledConvolution.apply(x, self.weight, self.bias)
+
 
 class ReflectedConvolution(torch.autograd.Function):
     """conv(pad(x)). Under autocast the maps change their dtype here, and the gradients back."""
@@ -28,10 +37,8 @@ class ReflectedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # which would pad in float32
-            x, weight, bias = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight, bias))
-        with torch.autocast(device, enabled=False):
+        x, weight, bias = as_autocast(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
             return convolve(pad(x), weight, bias)
 
     @staticmethod
@@ -49,8 +56,71 @@ class ReflectedConvolution(torch.autograd.Function):
         return grad_x, *(x if x is None else x.to(weight.dtype) for x in grads[1:])
 
 
+class UpsampledConvolution(torch.autograd.Function):
+    """conv(pad(upsample(x))), as a transposed convolution of x: 4/9 of the operations, and x is smaller to keep.
+
+    Where the upsampled map is reflected at its border, x is repeated.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = transposed_kernel(weight)
+        x, kernel, bias = as_autocast(x, kernel, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv_transpose2d(repeat_border(x), kernel, bias, stride=2, padding=3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads = [None, None, None]
+        if ctx.needs_input_grad[0]:
+            padded = F.conv2d(grad, transposed_kernel(weight).to(grad.dtype), stride=2, padding=3)
+            grads[0] = torch.ops.aten.replication_pad2d_backward(padded, x.to(grad.dtype), [1, 1, 1, 1]).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grads[1] = grad_of_kernel(grad, repeat_border(x).to(grad.dtype), weight)
+        if ctx.needs_input_grad[2]:
+            grads[2] = grad.sum((0, 2, 3), dtype=weight.dtype)
+        return tuple(grads)
+
+
+def transposed_kernel(weight: Tensor) -> Tensor:
+    """(C_out, C_in, 3, 3) to (C_in, C_out, 4, 4): what a value of the small map adds to the 4 x 4 outputs around it."""
+    to_outputs = weight.new_tensor(TO_OUTPUTS)
+    kernel = torch.einsum("oijk,yj,xk->ioyx", weight, to_outputs, to_outputs)
+    return kernel.contiguous(memory_format=torch.channels_last)
+
+
+def grad_of_kernel(grad: Tensor, padded: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the 3x3 kernel by that of the output (B, C_out, 2 H, 2 W); padded: (B, C_in, H + 2, W + 2).
+
+    By 2x2 convolutions, one for each place in a pair of rows and of columns: that of a transposed convolution is slow.
+    """
+    by_outputs, (outputs, inputs) = weight.new_tensor(BY_OUTPUTS), weight.shape[:2]
+    places = [(row, col) for row in (0, 1) for col in (0, 1)]
+    parts = [F.pad(grad[:, :, row::2, col::2], (col, 1 - col, row, 1 - row)) for row, col in places]
+    kernels = padded.new_empty(1).expand(4 * outputs, inputs, 2, 2)  # their values do not count
+    grads = gradients(torch.cat(parts, 1), padded, kernels, (False, True, False))[1]
+    grads = grads.to(weight.dtype).view(2, 2, outputs, inputs, 2, 2)
+    return torch.einsum("rcoiyx,ryj,cxk->oijk", grads, by_outputs, by_outputs)
+
+
+def as_autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of autocast where it is enabled: it would pad in float32."""
+    device, tensors = x.device.type, (x, *others)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 def pad(x: Tensor) -> Tensor:
     return F.pad(x, (1, 1, 1, 1), mode="reflect")
+
+
+def repeat_border(x: Tensor) -> Tensor:
+    return F.pad(x, (1, 1, 1, 1), mode="replicate")
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

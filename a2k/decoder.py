@@ -58,11 +58,11 @@ class Decoder(nn.Module):
         x = torch.cat([x, x3], 1)
         for scale in (3, 2, 1):
             for number in range(self.depths[scale - 1], 0, -1):
-                x = getattr(self, f"conv{scale}_{number}")(x)
+                conv = getattr(self, f"conv{scale}_{number}")
+                is_upsampled = scale < 3 and number == self.depths[scale - 1]
+                x = conv.of_upsampled(x) if is_upsampled else conv(x)
                 if (scale, number) != (1, 1):
                     x = F.relu(x, inplace=True)
-            if scale > 1:
-                x = upsample(x)
         return x
 
 

@@ -102,3 +102,76 @@ def test_the_padded_copy_is_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
         conv(x)
     assert set(kept) == {x.data_ptr(), conv.weight.data_ptr()}
+
+
+UPSAMPLED = ((2, 3, 5, 4, 2), (1, 4, 3, 1, 1), (3, 2, 7, 5, 6))
+
+
+def of_upsampled(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return conv.of_upsampled(x)
+
+
+def plain_of_upsampled(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return plain(conv, F.interpolate(x, scale_factor=2))
+
+
+def example_of_upsampled(shape, dtype=torch.float32):
+    conv, x, grad = example(shape, dtype)
+    return conv, x, F.interpolate(grad, scale_factor=2) + torch.randn(*grad.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("shape", UPSAMPLED)
+def test_of_upsampled(shape, layout):
+    conv, x, grad = example_of_upsampled(shape)
+    actual = gradients(of_upsampled, conv, x.to(memory_format=layout), grad.to(memory_format=layout))
+    expected = gradients(plain_of_upsampled, conv.double(), x.double(), grad.double())
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32 and (a - e).abs().max() < 1e-5 * e.abs().max()
+
+
+@pytest.mark.parametrize("shape", UPSAMPLED)
+def test_of_upsampled_in_autocast(shape):
+    conv, x, grad = example_of_upsampled(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = gradients(of_upsampled, conv, x, grad.bfloat16())
+    assert actual[0].dtype == torch.bfloat16
+    for a, e in zip(actual, gradients(plain_of_upsampled, conv, x, grad), strict=True):
+        assert (a - e).abs().max() <= 2**-6 * e.abs().max()
+
+
+def test_gradcheck_of_upsampled():
+    conv, x, _ = example(SMALL, torch.float64)
+    leaves = x.requires_grad_(), conv.weight, conv.bias
+    assert torch.autograd.gradcheck(lambda x, *_: conv.of_upsampled(x), leaves)
+
+
+@pytest.mark.parametrize("learns", ((True, False, False), (False, True, False), (False, False, True)))
+def test_gradients_of_some_of_upsampled(learns):
+    conv, x, grad = example_of_upsampled(SMALL)
+    expected = gradients(plain_of_upsampled, conv, x, grad)[1:]
+    leaves = (x, conv.weight, conv.bias)
+    for leaf, needed in zip(leaves, learns, strict=True):
+        leaf.requires_grad_(needed)
+    conv.of_upsampled(x).backward(grad)
+    for leaf, needed, e in zip(leaves, learns, expected, strict=True):
+        assert (leaf.grad is not None) == needed
+        if needed:
+            torch.testing.assert_close(leaf.grad, e)
+
+
+def test_only_the_small_map_is_kept():
+    conv, x, _ = example(SMALL)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
+        conv.of_upsampled(x)
+    assert set(kept) == {x.data_ptr(), conv.weight.data_ptr()}
+
+
+@pytest.mark.parametrize("mode", (torch.inference_mode, torch.enable_grad))
+def test_of_upsampled_compiles_without_graph_break(mode):
+    torch._dynamo.reset()
+    conv, x, _ = example(SMALL)
+    with mode():
+        compiled = torch.compile(conv.of_upsampled, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), plain_of_upsampled(conv, x))
