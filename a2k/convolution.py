@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from a2k.winograd import Winograd, pays
 
@@ -12,7 +13,10 @@ from a2k.winograd import Winograd, pays
 TO_OUTPUTS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 # The same by outputs: for the first place of a pair the values before and here, for the second here and after.
 BY_OUTPUTS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
-LARGE = 64 * 64  # points of a batch, from which Winograd's filtering pays its preparation
+# Points of a batch from which Winograd's filtering pays: with its preparation, and where that is kept.
+LARGE, LARGE_IF_KEPT = 64 * 64, 32 * 32
+MOST_KEPT = 160 << 20  # bytes of prepared kernels
+PREPARED_SIZE = 4  # 36 points for 9 taps
 
 
 def conv3x3(in_channels: int, out_channels: int) -> "ReflectedConv2d":
@@ -125,27 +129,64 @@ def repeat_border(x: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Without padding."""
-    if suits_winograd(x, weight):
-        B, _, H, W = x.shape
-        out = torch.empty(B, len(weight), H - 2, W - 2, memory_format=torch.channels_last)
-        return Winograd(weight, bias, (H, W))(x, relu=False, out=out)
-    return F.conv2d(x, weight, bias)
-
-
-def suits_winograd(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # its preparation is not for a graph
-        return False
-    return x[:, 0].numel() >= LARGE and x.dtype == weight.dtype == torch.float32 and pays(weight)
+    winograd = minimal_filtering(x, weight, bias)
+    if not winograd:
+        return F.conv2d(x, weight, bias)
+    B, _, H, W = x.shape
+    out = torch.empty(B, len(weight), H - 2, W - 2, dtype=x.dtype, memory_format=torch.channels_last)
+    return winograd(x, relu=False, out=out)
 
 
 def grad_of_padded(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of a convolution's padded input (B, C_in, H + 2, W + 2), by that of its output (B, C_out, H, W)."""
-    if suits_winograd(grad, weight):
-        transposed, padded = weight.flip(2, 3).transpose(0, 1), F.pad(grad, (2, 2, 2, 2))
-        return Winograd(transposed, weight.new_zeros(weight.shape[1]), padded.shape[2:])(padded, relu=False)
+    winograd = minimal_filtering(grad, weight)
+    if winograd:
+        return winograd(F.pad(grad, (2, 2, 2, 2)), relu=False)
     B, C, H, W = x.shape
     padded = grad.new_empty(1).expand(B, C, H + 2, W + 2)  # its values do not count
     return gradients(grad, padded, weight.to(grad.dtype), (True, False, False))[0]
+
+
+def minimal_filtering(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Winograd | None:
+    """The convolution of maps like x, or without a bias the one that gives its gradient, if this way is faster."""
+    if torch.compiler.is_compiling() or x.dtype != weight.dtype or not pays(weight):  # preparing is not for a graph
+        return None
+    points = x[:, 0].numel()
+    found = prepared.get(weight, bias) if points >= LARGE_IF_KEPT else None
+    if found or points < LARGE or x.dtype != torch.float32:
+        return found
+    return prepare(weight, bias)
+
+
+def prepare(weight: Tensor, bias: Tensor | None) -> Winograd:
+    if bias is None:
+        return Winograd(weight.flip(2, 3).transpose(0, 1), weight.new_zeros(weight.shape[1]))
+    return Winograd(weight, bias)
+
+
+class PreparedKernels:
+    """Those of frozen parameters, as long as these live; up to MOST_KEPT bytes."""
+
+    def __init__(self) -> None:
+        self.of_weights = WeakTensorKeyDictionary()
+
+    def get(self, weight: Tensor, bias: Tensor | None) -> Winograd | None:
+        """See `prepare`. None for what learns, and where there is no room."""
+        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.is_inference():
+            return None
+        state = weight.data_ptr(), weight._version  # changes with the values
+        if self.of_weights.get(weight, (None,))[0] != state:
+            self.of_weights[weight] = state, {}
+        found, which = self.of_weights[weight][1], "gradient" if bias is None else "output"
+        if which not in found and self.bytes() + PREPARED_SIZE * weight.nbytes <= MOST_KEPT:
+            found[which] = prepare(weight, bias)
+        return found.get(which)
+
+    def bytes(self) -> int:
+        return sum(PREPARED_SIZE * weight.nbytes * len(found) for weight, (_, found) in self.of_weights.items())
+
+
+prepared = PreparedKernels()
 
 
 def gradients(grad: Tensor, padded: Tensor, weight: Tensor, which: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -64,10 +64,9 @@ class Winograd:
     Args:
         weight: (C_out, C_in, taps, taps), float32 or bfloat16, on the CPU; channels in sixteens.
         bias: (C_out).
-        size: height and width of the maps to come, if all are of one: then no tiles are added.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, size: tuple[int, int] | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         dtype, taps, (self.channels, inputs) = weight.dtype, weight.shape[-1], weight.shape[:2]
         self.side = OUTPUTS + taps - 1
         from_input, from_taps, to_output = (np.kron(x, x) for x in transforms(taps, dtype))
@@ -78,11 +77,7 @@ class Winograd:
         ones = torch.from_numpy(np.linalg.pinv(to_output).sum(1, keepdims=True))
         kernels = torch.from_numpy(from_taps).float() @ weight.float().permute(2, 3, 0, 1).flatten(2).flatten(0, 1)
         kernels = kernels.to(dtype).view(-1, inputs, 1, 1)
-        self.unit = TILES
-        if size:
-            rows, cols = self._tiles_of(*size)
-            self.unit = cols * rows_at_once(rows, cols, self._suitable, unit=None)
-        shape = [1, self.points * inputs, self.unit, 1]
+        shape = [1, self.points * inputs, TILES, 1]
         kernels = torch.ops.mkldnn._reorder_convolution_weight(kernels, *self.geometry, shape)
         self.parameters = kernels, (ones * bias).flatten().to(dtype)
 
@@ -97,17 +92,12 @@ class Winograd:
         if out is None:
             out = x.new_empty(len(x), height, width, self.channels).permute(0, 3, 1, 2)
         rows, cols = self._tiles_of(*x.shape[2:])
-        at_once = rows_at_once(rows, cols, self._suitable, self.unit)
+        at_once = rows_at_once(rows, cols, self.tiles * torch.get_num_threads())
         edges = [*range(0, height, OUTPUTS * at_once), height]
         for source, target in zip(x, out, strict=True):
             for top, bottom in pairwise(edges):
                 self._fill(target[:, top:bottom], source[:, top : bottom + self.side - OUTPUTS], relu)
         return out
-
-    @property
-    def _suitable(self) -> int:
-        """Number of tiles at a time that suits the caches."""
-        return self.tiles * torch.get_num_threads()
 
     def _tiles_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles of an input of that size."""
@@ -117,7 +107,7 @@ class Winograd:
     def _fill(self, out: Tensor, x: Tensor, relu: bool) -> None:
         """Some rows of tiles of one picture."""
         rows, cols = (ceil(length / OUTPUTS) for length in out.shape[1:])
-        count = next_multiple(rows * cols, self.unit)
+        count = next_multiple(rows * cols, TILES)
         buffer = x.new_empty(count, self.points, len(x))
         buffer[rows * cols :] = 0
         tiles = buffer[: rows * cols].view(rows, cols, self.side, self.side, -1)
@@ -141,15 +131,14 @@ def next_multiple(count: int, unit: int) -> int:
     return ceil(count / unit) * unit
 
 
-def rows_at_once(rows: int, cols: int, tiles: int, unit: int | None) -> int:
-    """Of how many rows of tiles bands are to consist, so that few tiles must be added to make multiples of the unit, or
-    without one to make bands alike. Bands have half to four times the given number of tiles if they can.
+def rows_at_once(rows: int, cols: int, tiles: int) -> int:
+    """Of how many rows of tiles bands are to consist, so that few tiles must be added to make multiples of TILES. Bands
+    have half to four times the given number of tiles if they can.
     """
 
     def computed(at_once: int) -> int:
         whole, rest = divmod(rows, at_once)
-        multiple = unit or at_once * cols
-        return whole * next_multiple(at_once * cols, multiple) + next_multiple(rest * cols, multiple)
+        return whole * next_multiple(at_once * cols, TILES) + next_multiple(rest * cols, TILES)
 
     least, most = (min(rows, ceil(share * tiles / cols)) for share in (0.5, 4))
     return min(range(least, most + 1), key=lambda number: (computed(number), abs(number * cols - tiles)))

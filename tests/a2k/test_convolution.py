@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import a2k.convolution
 from a2k.convolution import conv3x3
+from a2k.winograd import pays
 
 LARGE = (4, 128, 256, 33, 37)  # batch, channels in and out, height, width: by minimal filtering
 SMALL = (2, 3, 5, 4, 2)
@@ -102,6 +103,61 @@ def test_the_padded_copy_is_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
         conv(x)
     assert set(kept) == {x.data_ptr(), conv.weight.data_ptr()}
+
+
+@pytest.fixture
+def preparations(monkeypatch):
+    """A list that grows with every kernel that is prepared, while none is kept yet."""
+    made, winograd = [], a2k.convolution.Winograd
+    monkeypatch.setattr(a2k.convolution, "Winograd", lambda *x: made.append(x) or winograd(*x))
+    monkeypatch.setattr(a2k.convolution, "prepared", a2k.convolution.PreparedKernels())
+    return made
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_prepared_kernels_of_frozen_parameters_are_kept(dtype, preparations):
+    conv, x, grad = example(LARGE, dtype)
+    if not pays(conv.weight):
+        pytest.skip("without bfloat16")
+    conv.requires_grad_(False)
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        out = conv(leaf)
+        (actual,) = torch.autograd.grad(out, leaf, grad.to(dtype))
+    assert len(preparations) == 2
+    conv, leaf = conv.double(), x.double().requires_grad_()
+    expected = plain(conv, leaf)
+    (expected_grad,) = torch.autograd.grad(expected, leaf, grad.to(dtype).double())
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2  # of bfloat16, noise is the worst case
+    for a, e in ((out, expected), (actual, expected_grad)):
+        assert (a - e).square().mean().sqrt() < tolerance * e.square().mean().sqrt()
+
+
+def test_prepared_kernels_follow_their_parameter(preparations):
+    """New values, another tensor, and none at all."""
+    conv, x, _ = example(LARGE)
+    conv.requires_grad_(False)
+    conv(x)
+    conv.weight.mul_(2)
+    torch.testing.assert_close(conv(x), plain(conv, x), atol=1e-4, rtol=1e-4)
+    conv.weight.data = conv.weight.data / 4
+    torch.testing.assert_close(conv(x), plain(conv, x), atol=1e-4, rtol=1e-4)
+    assert len(preparations) == 3 and a2k.convolution.prepared.bytes() == 4 * conv.weight.nbytes
+    del conv
+    preparations.clear()
+    assert a2k.convolution.prepared.bytes() == 0
+
+
+@pytest.mark.parametrize("learns", (True, False))
+def test_prepared_kernels_that_are_not_kept(learns, preparations, monkeypatch):
+    """Of what learns, and where there is no room."""
+    monkeypatch.setattr(a2k.convolution, "MOST_KEPT", 0 if not learns else 1 << 40)
+    conv, x, _ = example(LARGE)
+    conv.requires_grad_(learns)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(conv(x), plain(conv, x), atol=1e-4, rtol=1e-4)
+    assert len(preparations) == 2 and a2k.convolution.prepared.bytes() == 0
 
 
 UPSAMPLED = ((2, 3, 5, 4, 2), (1, 4, 3, 1, 1), (3, 2, 7, 5, 6))
