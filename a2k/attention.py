@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from a2k.statistics import moments
 from a2k_kernels import distributed_attention, progressive_attention
 
 RESIDUALS = ("content", "adain")
@@ -40,7 +41,11 @@ class ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, mean, variance = center(x)
+        if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # 5 times as fast, without a copy
+            mean, squares = (moment.float()[..., None, None] for moment in moments(x))
+            variance = squares / max(1, x.shape[2] * x.shape[3] - 1)
+        else:
+            _, mean, variance = center(x)
         ctx.save_for_backward(x, mean)
         return mean, variance
 

@@ -26,9 +26,21 @@ def test_statistics_are_those_of_var_mean(shape, memory_format):
     torch.testing.assert_close(centered, x - mean)
 
 
-def test_one_point_has_variance_zero():
-    x = random_map(2, 3, 1, 1)
-    mean, variance = channel_statistics(x)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("shape", ((2, 3, 5, 7), (3, 64, 120, 70)))
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_statistics_of_16_bit_maps(shape, memory_format, dtype):
+    x = (3 * random_map(*shape) + 8 * random_map(1, shape[1], 1, 1, seed=1)).to(dtype, memory_format=memory_format)
+    variance, mean = torch.var_mean(x.double(), (2, 3), correction=1, keepdim=True)
+    actual = channel_statistics(x)
+    assert all(a.dtype == torch.float32 and a.shape == (*shape[:2], 1, 1) for a in actual)
+    torch.testing.assert_close(tuple(a.double() for a in actual), (mean, variance), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_one_point_has_variance_zero(dtype):
+    x = random_map(2, 3, 1, 1, dtype=dtype)
+    mean, variance = (y.to(dtype) for y in channel_statistics(x))
     torch.testing.assert_close(mean, x)
     assert not variance.any()
     assert not normalize(x).any()
