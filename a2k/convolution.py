@@ -8,11 +8,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from a2k.winograd import Winograd, pays
 
-# What a kernel's three taps, next to values that come in equal pairs, do to a pair's value: for the outputs of the last
-# place before the pair, of its two places and of the one after it.
-TO_OUTPUTS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
-# The same by outputs: for the first place of a pair the values before and here, for the second here and after.
-BY_OUTPUTS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+# A kernel's three taps meet values that come in equal pairs: taps of the values before and here for the first place of
+# a pair, here and after for the second.
+BY_OUTPUTS = FIRST, SECOND = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))
+# The same by values: taps for the outputs at the last place before a pair, at its two places and after it.
+TO_OUTPUTS = SECOND[1], FIRST[1], SECOND[0], FIRST[0]
 # Points of a batch from which Winograd's filtering pays: with its preparation, and where that is kept.
 LARGE, LARGE_IF_KEPT = 64 * 64, 32 * 32
 MOST_KEPT = 160 << 20  # bytes of prepared kernels

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from a2k.convolution import BY_OUTPUTS
 from a2k.winograd import Winograd, pays
 
 Size = tuple[int, int]  # height, width
 Margin = tuple[int, int, int, int]  # 1 or 0 for each side: top, bottom, left, right
-Taps = tuple[Tensor, ...]  # of a kernel, along one dimension
 NO_MARGIN: Margin = (0, 0, 0, 0)
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of a chain's largest intermediate map
 
@@ -160,22 +160,14 @@ class UpsampleConv(Conv):
     """
 
     mirror = 1
+    taps = BY_OUTPUTS
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         weight, channels = weight.detach().float(), len(weight)
-        rows = [torch.stack(taps) for taps in self.split(weight.unbind(2))]  # each (taps, O, I, 3)
-        kernels = [torch.stack(taps) for row in rows for taps in self.split(row.unbind(3))]  # x, y, O, I
-        kernel = torch.cat([x.permute(2, 3, 1, 0) for x in kernels])
-        super().__init__(kernel.to(bias.dtype), bias.repeat(4), relu)
+        taps = weight.new_tensor(self.taps)
+        kernels = torch.einsum("oijk,ryj,cxk->rcoiyx", weight, taps, taps)
+        super().__init__(kernels.flatten(0, 2).to(bias.dtype), bias.repeat(4), relu)
         self.channels, self.flops = channels, self.flops // 4
-
-    @staticmethod
-    def split(kernel: Taps) -> tuple[Taps, Taps]:
-        """A kernel of three taps, over values that come in equal pairs, as two of two taps: for the first of a pair
-        and for the second.
-        """
-        before, here, after = kernel
-        return (before, here + after), (before + here, after)
 
     @staticmethod
     def position(place: int) -> int:
@@ -207,15 +199,11 @@ class SmoothUpsampleConv(UpsampleConv):
     small map, one for each of the four places that an upsampled point can have.
     """
 
-    @staticmethod
-    def split(kernel: Taps) -> tuple[Taps, Taps]:
-        """A kernel of three taps as two of three taps of the small map. Even points are 1/4 of the one above and 3/4 of
-        the one here, odd ones 3/4 of the one here and 1/4 of the one below.
-        """
-        before, here, after = kernel
-        even = 0.75 * before + 0.25 * here, 0.25 * before + 0.75 * (here + after), 0.25 * after
-        odd = 0.25 * before, 0.75 * (before + here) + 0.25 * after, 0.25 * here + 0.75 * after
-        return even, odd
+    # Even points are 1/4 of the one above and 3/4 of the one here, odd ones 3/4 of that and 1/4 of the one below.
+    taps = (
+        ((3 / 4, 1 / 4, 0), (1 / 4, 3 / 4, 3 / 4), (0, 0, 1 / 4)),
+        ((1 / 4, 0, 0), (3 / 4, 3 / 4, 1 / 4), (0, 1 / 4, 3 / 4)),
+    )
 
     @staticmethod
     def position(place: int) -> int:

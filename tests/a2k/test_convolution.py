@@ -8,6 +8,7 @@ from a2k.winograd import pays
 
 LARGE = (4, 128, 256, 33, 37)  # batch, channels in and out, height, width: by minimal filtering
 SMALL = (2, 3, 5, 4, 2)
+UPSAMPLED = ((2, 3, 5, 4, 2), (1, 4, 3, 1, 1), (3, 2, 7, 5, 6))
 
 
 def gradients(convolve, conv: torch.nn.Conv2d, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -33,6 +34,30 @@ def example(shape, dtype=torch.float32) -> tuple[torch.nn.Conv2d, torch.Tensor, 
     )
 
 
+def own(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return conv(x)
+
+
+def of_upsampled(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return conv.of_upsampled(x)
+
+
+def plain_of_upsampled(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return plain(conv, F.interpolate(x, scale_factor=2))
+
+
+def example_of_upsampled(shape, dtype=torch.float32):
+    conv, x, grad = example(shape, dtype)
+    return conv, x, F.interpolate(grad, scale_factor=2) + torch.randn(*grad.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+
+
+of_both = pytest.mark.parametrize(
+    ("convolve", "plain", "example"),
+    ((own, plain, example), (of_upsampled, plain_of_upsampled, example_of_upsampled)),
+    ids=("own size", "upsampled"),
+)
+
+
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("shape", (SMALL, LARGE))
 def test_output_and_gradients(shape, layout, monkeypatch):
@@ -46,10 +71,11 @@ def test_output_and_gradients(shape, layout, monkeypatch):
         assert (a - e).abs().max() < 1e-5 * e.abs().max()
 
 
-def test_gradcheck():
+@of_both
+def test_gradcheck(convolve, plain, example):
     conv, x, _ = example(SMALL, torch.float64)
-    assert torch.autograd.gradcheck(conv, x.requires_grad_())
-    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+    assert torch.autograd.gradcheck(lambda *leaves: convolve(conv, leaves[0]), (x.requires_grad_(), *conv.parameters()))
+    (grad,) = torch.autograd.grad(convolve(conv, x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -67,11 +93,13 @@ def test_autocast(shape):
 
 
 @pytest.mark.parametrize("mode", (torch.inference_mode, torch.enable_grad))
-def test_compiles_without_graph_break(mode):
+@of_both
+def test_compiles_without_graph_break(convolve, plain, example, mode):
     torch._dynamo.reset()
     conv, x, _ = example(LARGE)
     with mode():
-        torch.testing.assert_close(torch.compile(conv, backend="eager", fullgraph=True)(x), plain(conv, x))
+        compiled = torch.compile(lambda x: convolve(conv, x), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), plain(conv, x))
 
 
 def test_bfloat16_parameters():
@@ -84,24 +112,26 @@ def test_bfloat16_parameters():
 
 
 @pytest.mark.parametrize("learns", ((True, False, False), (False, True, False), (False, False, True)))
-def test_gradients_of_some(learns):
+@of_both
+def test_gradients_of_some(convolve, plain, example, learns):
     conv, x, grad = example(SMALL)
     expected = gradients(plain, conv, x, grad)[1:]
     leaves = (x, conv.weight, conv.bias)
     for leaf, needed in zip(leaves, learns, strict=True):
         leaf.requires_grad_(needed)
-    conv(x).backward(grad)
+    convolve(conv, x).backward(grad)
     for leaf, needed, e in zip(leaves, learns, expected, strict=True):
         assert (leaf.grad is not None) == needed
         if needed:
             torch.testing.assert_close(leaf.grad, e)
 
 
-def test_the_padded_copy_is_not_kept():
+@of_both
+def test_only_the_map_itself_is_kept(convolve, plain, example):
     conv, x, _ = example(SMALL)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
-        conv(x)
+        convolve(conv, x)
     assert set(kept) == {x.data_ptr(), conv.weight.data_ptr()}
 
 
@@ -160,22 +190,6 @@ def test_prepared_kernels_that_are_not_kept(learns, preparations, monkeypatch):
     assert len(preparations) == 2 and a2k.convolution.prepared.bytes() == 0
 
 
-UPSAMPLED = ((2, 3, 5, 4, 2), (1, 4, 3, 1, 1), (3, 2, 7, 5, 6))
-
-
-def of_upsampled(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    return conv.of_upsampled(x)
-
-
-def plain_of_upsampled(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    return plain(conv, F.interpolate(x, scale_factor=2))
-
-
-def example_of_upsampled(shape, dtype=torch.float32):
-    conv, x, grad = example(shape, dtype)
-    return conv, x, F.interpolate(grad, scale_factor=2) + torch.randn(*grad.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
-
-
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("shape", UPSAMPLED)
 def test_of_upsampled(shape, layout):
@@ -194,40 +208,3 @@ def test_of_upsampled_in_autocast(shape):
     assert actual[0].dtype == torch.bfloat16
     for a, e in zip(actual, gradients(plain_of_upsampled, conv, x, grad), strict=True):
         assert (a - e).abs().max() <= 2**-6 * e.abs().max()
-
-
-def test_gradcheck_of_upsampled():
-    conv, x, _ = example(SMALL, torch.float64)
-    leaves = x.requires_grad_(), conv.weight, conv.bias
-    assert torch.autograd.gradcheck(lambda x, *_: conv.of_upsampled(x), leaves)
-
-
-@pytest.mark.parametrize("learns", ((True, False, False), (False, True, False), (False, False, True)))
-def test_gradients_of_some_of_upsampled(learns):
-    conv, x, grad = example_of_upsampled(SMALL)
-    expected = gradients(plain_of_upsampled, conv, x, grad)[1:]
-    leaves = (x, conv.weight, conv.bias)
-    for leaf, needed in zip(leaves, learns, strict=True):
-        leaf.requires_grad_(needed)
-    conv.of_upsampled(x).backward(grad)
-    for leaf, needed, e in zip(leaves, learns, expected, strict=True):
-        assert (leaf.grad is not None) == needed
-        if needed:
-            torch.testing.assert_close(leaf.grad, e)
-
-
-def test_only_the_small_map_is_kept():
-    conv, x, _ = example(SMALL)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
-        conv.of_upsampled(x)
-    assert set(kept) == {x.data_ptr(), conv.weight.data_ptr()}
-
-
-@pytest.mark.parametrize("mode", (torch.inference_mode, torch.enable_grad))
-def test_of_upsampled_compiles_without_graph_break(mode):
-    torch._dynamo.reset()
-    conv, x, _ = example(SMALL)
-    with mode():
-        compiled = torch.compile(conv.of_upsampled, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), plain_of_upsampled(conv, x))
