@@ -172,18 +172,19 @@ class PreparedKernels:
 
     def get(self, weight: Tensor, bias: Tensor | None) -> Winograd | None:
         """See `prepare`. None for what learns, and where there is no room."""
-        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.is_inference():
+        parameters = [weight] if bias is None else [weight, bias]
+        if any(not isinstance(x, nn.Parameter) or x.requires_grad or x.is_inference() for x in parameters):
             return None
-        state = weight.data_ptr(), weight._version  # changes with the values
-        if self.of_weights.get(weight, (None,))[0] != state:
-            self.of_weights[weight] = state, {}
-        found, which = self.of_weights[weight][1], "gradient" if bias is None else "output"
+        found, which = self.of_weights.setdefault(weight, {}), "gradient" if bias is None else "output"
+        state = [(x.data_ptr(), x._version) for x in parameters]  # changes with the values
+        if which in found and found[which][0] != state:
+            del found[which]
         if which not in found and self.bytes() + PREPARED_SIZE * weight.nbytes <= MOST_KEPT:
-            found[which] = prepare(weight, bias)
-        return found.get(which)
+            found[which] = state, prepare(weight, bias)
+        return found[which][1] if which in found else None
 
     def bytes(self) -> int:
-        return sum(PREPARED_SIZE * weight.nbytes * len(found) for weight, (_, found) in self.of_weights.items())
+        return sum(PREPARED_SIZE * weight.nbytes * len(found) for weight, found in self.of_weights.items())
 
 
 prepared = PreparedKernels()
