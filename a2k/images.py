@@ -61,10 +61,9 @@ def read_image(
     """Read a picture upright (EXIF) and in sRGB (ICC), with its alpha if it has one.
 
     `source` is a path, a binary stream, a PIL image, a uint8 array of shape (H, W, 3) in sRGB, or a Picture, which is
-    returned as it is. An animation
-    gives its first frame. 16-bit grey is scaled to 8 bits, and so are floats in [0, 1]. With `short_side`, a JPEG file
-    may come out at a half, a quarter or an eighth of its size, which decodes faster and in less memory, but with a
-    short side of no less than that.
+    returned as it is. An animation gives its first frame. 16-bit grey is scaled to 8 bits, and so are floats in [0, 1].
+    With `short_side`, a JPEG file may come out at a half, a quarter or an eighth of its size, which decodes faster and
+    in less memory, but with a short side of no less than that.
 
     Raises ImageError if the picture is missing, unreadable, damaged, or has more than `max_pixels` pixels
     (found from the header, before anything is decoded), and TypeError if `source` is none of the above.
