@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from a2k.attention import channel_statistics, normalize
 from a2k.convolution import conv3x3
 from a2k.encoder import ENCODER_DEPTHS
+from a2k.texture import periodic_window
 
 # Convolutions per scale; scale 4 has one, as published.
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}
@@ -75,12 +76,6 @@ def style_vector(features: list[Tensor]) -> Tensor:
 def noise_tile() -> Tensor:
     """White noise of variance 1, (NOISE_PERIOD, NOISE_PERIOD), the same always: numpy's old generator is frozen."""
     return torch.from_numpy(np.random.RandomState(0).standard_normal((NOISE_PERIOD, NOISE_PERIOD))).float()
-
-
-def noise_window(tile: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """(bottom - top, right - left) of the plane that is covered with the tile."""
-    rows, cols = (torch.arange(a, b, device=tile.device) % NOISE_PERIOD for a, b in ((top, bottom), (left, right)))
-    return tile[rows][:, cols]
 
 
 class StyledConv(nn.Module):
@@ -151,13 +146,13 @@ class StyledDecoder(nn.Module):
         Returns luminance and colour differences (B, 3, 16h, 16w).
         """
         style = self.style_features(vector)
-        noise4, noise3, noise2 = (noise_window(self.noise, 0, x.shape[2], 0, x.shape[3]) for x in (x4, x3, x2))
+        noise4, noise3, noise2 = (periodic_window(self.noise, 0, x.shape[2], 0, x.shape[3]) for x in (x4, x3, x2))
         x = add_blocks(self.blocks4, self.merge(x4 + upsample(x5)), style, noise4)
         x = upsample(F.relu(self.conv4_1(x), inplace=True))
         x = add_blocks(self.blocks3, F.relu(self.join(torch.cat([x, x3], 1), style, noise3)), style, noise3)
         x = F.relu(self.conv3_1(torch.cat([upsample(x), x2], 1), style, noise2))
         x = self.conv1_1(F.relu(self.conv2_1(upsample_smoothly(x)), inplace=True))
-        noise1 = noise_window(self.noise, 0, x.shape[2], 0, x.shape[3])
+        noise1 = periodic_window(self.noise, 0, x.shape[2], 0, x.shape[3])
         grain = (self.grain(style)[:, :, None, None] * noise1).to(x.dtype)
         return torch.cat([x[:, :1] + grain, x[:, 1:]], 1)
 

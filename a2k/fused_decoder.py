@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_window
+from a2k.decoder import Decoder, StyledConv, StyledDecoder
 from a2k.statistics import Statistics
 from a2k.storage import Storage
+from a2k.texture import periodic_window
 from a2k.tiling import Chain, Conv, JoinConv, Size, SmoothUpsampleConv, UpsampleConv, Window, layer_window, upsampled
 
 BAND_ROWS = {"cpu": 32, "cuda": 1024}  # of a map that is scaled in place
@@ -226,7 +227,7 @@ class FusedStyledDecoder:
         own = style_vector([statistics for _, statistics in maps])
         vector = own + strength * (style_vector(style) - own)
         style_features = self.decoder.style_features(vector)
-        noise = lru_cache(NOISE_WINDOWS)(lambda window: noise_window(self.decoder.noise, *window))
+        noise = lru_cache(NOISE_WINDOWS)(lambda window: periodic_window(self.decoder.noise, *window))
         matching = matched(maps[0].statistics, style[0], strength)
         edges, x3, x4, x5 = (maps.pop(0).x for _ in range(4))
         half_size, size, fine_size = (tuple(x.shape[-2:]) for x in (x4, x3, edges))

@@ -14,11 +14,12 @@ from a2k.aggregates import Projection, projected_aggregates
 from a2k.attention import A2K
 from a2k.colors import Colors, bands, colors_of, colors_of_parts, matching, planes_of
 from a2k.decoder import StyledDecoder
-from a2k.fused_decoder import FusedDecoder, FusedStyledDecoder, Map, MapMaker, read_map
+from a2k.fused_decoder import FusedDecoder, FusedStyledDecoder, Map, MapMaker, Read, read_map
 from a2k.images import from_levels, to_levels
-from a2k.model import StyA2K, pad_content, pad_style, padded_size
+from a2k.model import EncodedStyle, StyA2K, pad_content, pad_style, padded_size
 from a2k.statistics import Statistics
 from a2k.storage import Storage
+from a2k.texture import Texture, gaps, texture_of, textured_window
 from a2k.tiling import Chain, Conv, MaxPool, Size, Window
 from a2k_kernels import attend_aggregates, progressive_attention
 
@@ -160,12 +161,13 @@ class FusedA2K:
 @dataclass(frozen=True)
 class Style:
     """Of one or several paintings: keys for the A2K modules at scales 3, 4, 5, the statistics of the maps that the
-    decoder asks for, and colours.
+    decoder asks for, colours, and, for a styled network, texture.
     """
 
     keys: tuple[StyleKeys, ...]
     statistics: tuple[Statistics, ...]
     colors: Colors
+    texture: Texture | None
 
 
 Progress = Callable[[int], object]  # takes the floating-point operations, per picture, done since the last call
@@ -182,7 +184,7 @@ class FusedStyA2K:
     def __init__(self, model: StyA2K, max_memory: int | None = None) -> None:
         self.parameter = next(model.parameters()).detach()
         self.max_memory = max_memory
-        self.matches_colors = styled = isinstance(model.decoder, StyledDecoder)
+        self.styled = styled = isinstance(model.decoder, StyledDecoder)
         self.encoder = encoder_chains(model, first_scale=2 if styled else 3)
         self.modules = [FusedA2K(module) for module in (model.a2k3, model.a2k4, model.a2k5)]
         self.decoder = FusedStyledDecoder(model.decoder) if styled else FusedDecoder(model.decoder)
@@ -190,9 +192,11 @@ class FusedStyA2K:
     @torch.inference_mode()
     def encode_style(self, image: Tensor, progress: Progress = int) -> Style:
         """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]."""
-        maps = self._encode(pad_style(image), self._map_maker(len(image), progress))
+        padded = pad_style(image)
+        maps = self._encode(tuple(padded.shape[-2:]), read_pixels(padded), self._map_maker(len(image), progress))
         keys = (module.style_keys(*pair) for module, pair in zip(self.modules, maps[-3:], strict=True))
-        return Style(tuple(keys), tuple(x.statistics for x in maps), colors_of(image))
+        texture = texture_of(padded) if self.styled else None
+        return Style(tuple(keys), tuple(x.statistics for x in maps), colors_of(image), texture)
 
     @torch.inference_mode()
     def stylize(self, content: Tensor, style: Style, strength: float = 1.0, progress: Progress = int) -> Tensor:
@@ -203,12 +207,12 @@ class FusedStyA2K:
         Raises ImageError if a uint8 result would have to be NaN.
         """
         padded, maker = pad_content(content), self._map_maker(len(content), progress)
-        maps = self._encode(padded, maker)
+        maps = self._encode(tuple(padded.shape[-2:]), read_pixels(padded, style.texture, strength), maker)
         if strength:
             for module, (x, statistics), keys in zip(self.modules, maps[-3:], style.keys, strict=True):
                 for flops in module.redraw(x, statistics, keys.expand(len(x)), strength):
                     progress(flops)
-        if self.matches_colors:
+        if self.styled:
             return self._paint_in_colors(maps, content, style, strength, maker)
         out = torch.empty_like(padded)
 
@@ -255,14 +259,28 @@ class FusedStyA2K:
         like = self.parameter.new_empty(batch)
         return MapMaker(Storage(self.parameter.device, self.max_memory), like, progress)
 
-    def _encode(self, image: Tensor, maker: MapMaker) -> list[Map]:
-        """relu3_1, relu4_1, relu5_1 and their statistics; before them relu2_1 if the decoder is a styled one."""
-        maps, size = [], tuple(image.shape[-2:])
+    def _encode(self, size: Size, read: Read, maker: MapMaker) -> list[Map]:
+        """relu3_1, relu4_1, relu5_1 and their statistics, of a picture of that size; before them relu2_1 if the
+        decoder is a styled one.
+        """
+        maps = []
         for chain in self.encoder:
-            read = read_map(maps[-1].x) if maps else (lambda window, out: from_levels(window.of(image), out))
             maps.append(maker.measure(chain, size, read))
-            size = tuple(maps[-1].x.shape[-2:])
+            size, read = tuple(maps[-1].x.shape[-2:]), read_map(maps[-1].x)
         return maps
+
+
+def read_pixels(image: Tensor, texture: Texture | None = None, strength: float = 1.0) -> Read:
+    """How a chain reads its windows from pictures, whose smooth parts are filled with the texture, if there is one."""
+    if texture is None or strength == 0:
+        return lambda window, out: from_levels(window.of(image), out)
+    amount = strength * gaps(image, texture)
+
+    def read(window: Window, out: Tensor) -> None:
+        pixels = from_levels(window.of(image), out)
+        out.copy_(textured_window(pixels, amount, texture, window.top, window.left))
+
+    return read
 
 
 class CompiledStyA2K:
@@ -275,23 +293,22 @@ class CompiledStyA2K:
         self.parameter = next(model.parameters()).detach()
         self._encode = torch.compile(model.encoder)
         self._redraw = torch.compile(model.redraw)
+        self._texture_of = model.texture_of
 
     @torch.inference_mode()
-    def encode_style(self, image: Tensor, progress: Progress = int) -> tuple[list[Tensor], Colors]:
-        """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]. Returns relu1_1 .. relu5_1, and the colours."""
-        return self._encode(self._pixels(pad_style(image))), colors_of(image)
+    def encode_style(self, image: Tensor, progress: Progress = int) -> EncodedStyle:
+        """image: (B, 3, H, W) RGB, uint8 or floating point in [0, 1]."""
+        padded = pad_style(image)
+        return EncodedStyle(self._encode(self._pixels(padded)), colors_of(image), self._texture_of(padded))
 
     @torch.inference_mode()
-    def stylize(
-        self, content: Tensor, style: tuple[list[Tensor], Colors], strength: float = 1.0, progress: Progress = int
-    ) -> Tensor:
+    def stylize(self, content: Tensor, style: EncodedStyle, strength: float = 1.0, progress: Progress = int) -> Tensor:
         """See `FusedStyA2K.stylize`."""
-        features, colors = style
-        features = [x.expand(len(content), *x.shape[1:]) for x in features]
-        out = self._redraw(self._pixels(content), features, colors, strength)
+        features = [x.expand(len(content), *x.shape[1:]) for x in style.features]
+        out = self._redraw(self._pixels(content), style._replace(features=features), strength)
         return out if content.is_floating_point() else to_levels(out)
 
-    def work(self, size: Size, style: tuple[list[Tensor], Colors] | None = None) -> int:
+    def work(self, size: Size, style: EncodedStyle | None = None) -> int:
         """1: there is nothing to see before the end."""
         return 1
 

@@ -1,6 +1,7 @@
 """The StyA2K network: encoder, A2K at three scales, merge and decoder."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from a2k.attention import A2K, RESIDUALS, match_statistics
 from a2k.colors import Colors, colors_of, match_colors
 from a2k.decoder import Decoder, StyledConv, StyledDecoder, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
+from a2k.texture import Texture, add_texture, texture_of
 
 MULTIPLE = 16  # content sizes are padded to a multiple of this, so that every scale halves exactly
 MINIMUM = 32  # shortest side, so that relu5_1 has at least 2 points to reflect
@@ -86,6 +88,14 @@ def pad_style(image: Tensor) -> Tensor:
     return pad_image(image, (height, width))
 
 
+class EncodedStyle(NamedTuple):
+    """Of paintings: the five feature maps, the colours, and, for a styled network, the texture."""
+
+    features: list[Tensor]
+    colors: Colors
+    texture: Texture | None
+
+
 class StyA2K(nn.Module):
     """Arbitrary style transfer by all-to-key attention (Zhu et al. 2023).
 
@@ -116,19 +126,25 @@ class StyA2K(nn.Module):
         content: (B, 3, H, W), style: (B, 3, H_s, W_s), RGB in [0, 1]. strength: 0 keeps the content's features,
         1 is the published network. Returns RGB (B, 3, H, W), unclamped.
         """
-        return self.redraw(content, *self.encode_style(style), strength)
+        return self.redraw(content, self.encode_style(style), strength)
 
-    def encode_style(self, style: Tensor) -> tuple[list[Tensor], Colors]:
-        """The style's five feature maps, and its colours."""
-        return self.encoder(pad_style(style)), colors_of(style)
+    def encode_style(self, style: Tensor) -> EncodedStyle:
+        """style: (B, 3, H_s, W_s), RGB in [0, 1]."""
+        padded = pad_style(style)
+        return EncodedStyle(self.encoder(padded), colors_of(style), self.texture_of(padded))
 
-    def redraw(self, content: Tensor, style_features: list[Tensor], colors: Colors, strength: float = 1.0) -> Tensor:
+    def texture_of(self, style: Tensor) -> Texture | None:
+        """What a styled network fills smooth parts of photos with."""
+        return texture_of(style) if isinstance(self.decoder, StyledDecoder) else None
+
+    def redraw(self, content: Tensor, style: EncodedStyle, strength: float = 1.0) -> Tensor:
         """As forward, from what `encode_style` returns."""
-        out = self.decoder(*self.transform(self.encoder(pad_content(content)), style_features, strength))
+        features = self.encoder(add_texture(pad_content(content), style.texture, strength))
+        out = self.decoder(*self.transform(features, style.features, strength))
         out = out[:, :, : content.shape[2], : content.shape[3]]
         if not isinstance(self.decoder, StyledDecoder):
             return out
-        colors = colors if strength == 1 else colors_of(content).towards(colors, strength)
+        colors = style.colors if strength == 1 else colors_of(content).towards(style.colors, strength)
         return match_colors(out, colors).to(content.dtype)
 
     def transform(

@@ -25,6 +25,7 @@ from a2k.losses import (
     style_statistics,
 )
 from a2k.model import StyA2K
+from a2k.texture import add_texture
 from a2k.train_options import Recipe
 
 PIXEL_WEIGHT = 10.0  # of copying, beside 1 for the hints
@@ -117,9 +118,10 @@ class TrainingLosses(nn.Module):
     def _style(self, images: Tensor) -> dict[str, Tensor]:
         recipe, batch = self.recipe, len(images) // 2
         features, targets = self._targets(images)
-        if not self.shares_encoder:
-            features = self.model.encoder(images)
-        content, style = ([x[part] for x in features] for part in (slice(batch), slice(batch, None)))
+        if self.shares_encoder:
+            content, style = ([x[part] for x in features] for part in (slice(batch), slice(batch, None)))
+        else:
+            content, style = self._encode_pairs(*images.split(batch))
         output = self._decode(self.model.transform(content, style), images[batch:])
         losses, total = self._compare(output, targets)
         if recipe.sharpness_weight:
@@ -128,11 +130,17 @@ class TrainingLosses(nn.Module):
         if recipe.identity_weight:  # of every second pair, in turn the photo and the painting
             own = torch.arange(0, batch, 2, device=images.device)
             own[1::2] += batch
-            own_features = [x[own] for x in features]
+            own_features = [x[own] for x in features] if self.shares_encoder else self.model.encoder(images[own])
             copy = self._decode(self.model.transform(own_features, own_features), images[own])
             losses["identity"] = F.l1_loss(at_least_float32(copy), images[own])
             total = total + recipe.identity_weight * losses["identity"]
         return losses | {"total": total}
+
+    def _encode_pairs(self, content: Tensor, style: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps of photos and paintings, by the model's own encoder."""
+        content = add_texture(content, self.model.texture_of(style))
+        maps = self.model.encoder(torch.cat([content, style]))
+        return tuple(zip(*(x.chunk(2) for x in maps), strict=True))
 
     @torch.no_grad()
     def _targets(self, images: Tensor) -> tuple[list[Tensor], list[Targets]]:

@@ -45,15 +45,22 @@ def test_bundled_model(tmp_path):
 
 
 def test_bundled_model_in_bfloat16():
-    """Not much further from float32 than the plain network, whose rounding faint channels multiply."""
-    images = [Image.fromarray(noise(*size, seed=seed)) for size, seed in (((65, 48), 0), ((64, 64), 1))]
-    fast = [StyleTransfer(device="cpu", dtype=dtype).stylize(*images) for dtype in ("float32", "bfloat16")]
-    plain = []
+    """Not much further from float32 than the plain network, whose rounding faint channels multiply; in the mean of four
+    pictures, as a match that flips made it 2.4 times as far in one of 30.
+    """
+    numbers = range(0, 8, 2)
+    pairs = [(Image.fromarray(noise(65, 48, seed=i)), Image.fromarray(noise(64, 64, seed=i + 1))) for i in numbers]
+    fast, plain = [], []
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(find_weights("a2k-lite")).to(dtype)
         with torch.inference_mode():
-            plain.append(to_pil(model(*(to_tensor(image).to(dtype) for image in images)).float().clamp(0, 1)))
-    assert difference(*fast) < 2 * difference(*plain)
+            results = [model(*(to_tensor(image).to(dtype) for image in pair)).float().clamp(0, 1) for pair in pairs]
+        plain.append([to_pil(result) for result in results])
+        transfer = StyleTransfer(device="cpu", dtype=str(dtype).removeprefix("torch."))
+        fast.append([transfer.stylize(*pair) for pair in pairs])
+    errors, plain_errors = ([difference(*pair) for pair in zip(*of, strict=True)] for of in (fast, plain))
+    print(f"errors {errors}, of the plain network {plain_errors}")
+    assert sum(errors) < 2 * sum(plain_errors)
 
 
 # --- what goes in

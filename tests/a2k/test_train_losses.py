@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from a2k.colors import colors_of, match_colors
+from a2k.losses import content_loss, robust_distance, style_statistics
 from a2k.train_losses import TrainingLosses
 from a2k.train_options import RECIPES
 
@@ -81,3 +83,19 @@ def test_gpu_table(monkeypatch):
     assert all(row[1].count(" s (") == row[2].count(" GB (") == 1 for row in rows[2:])
     assert rows[2][1].endswith("(1.00x)") and rows[2][4] == "0.0e+00 |"
     assert 0 < float(rows[3][4].removesuffix(" |")) < 0.1
+
+
+def test_losses_are_those_of_what_the_network_paints(tiny_vgg):
+    """Of smooth photos too, which a styled network fills with texture."""
+    model = tiny_model().train()
+    losses = TrainingLosses(model, tiny_vgg, replace(RECIPES["styled"], identity_weight=1.0))
+    content, style = torch.linspace(0.45, 0.55, 48).expand(2, 3, 64, 48), torch.rand(2, 3, 64, 48)
+    found = losses(content, style)
+    with torch.no_grad():
+        painted = tiny_vgg(model(content, style).clamp(0, 1))
+        expected = robust_distance(style_statistics(painted), style_statistics(tiny_vgg(style)))
+        assert found["global"].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert found["content"].item() == pytest.approx(content_loss(painted, tiny_vgg(content)).item(), rel=1e-4)
+        photo = model.encoder(content[:1])  # is copied, without texture
+        copy = match_colors(model.decoder(*model.transform(photo, photo)), colors_of(content[:1])).clamp(0, 1)
+        assert found["identity"].item() == pytest.approx((copy - content[:1]).abs().mean().item(), rel=1e-4)
