@@ -34,28 +34,30 @@ def texture_of(style: Tensor) -> Texture:
     """The texture, at least float32, of paintings (B, 3, H, W) of any size, uint8 or floating point in [0, 1]. The same
     painting always has the same one.
     """
+    style = mirrored(style)
     count = 2 * PERIOD // PATCH  # of patches in a row, each over half of the one before
     random = np.random.RandomState(7)  # numpy's old generator is frozen
-    room = [max(1, side - PATCH + 1) for side in style.shape[2:]]
-    corners = (random.random_sample((count, count, 2)) * room).astype(np.int64)
-    places = corners[..., None] + np.arange(PATCH)
-    rows, cols = (mirrored(places[:, :, dim], style.shape[2 + dim]).to(style.device) for dim in (0, 1))
-    patches = style[:, :, rows[..., None], cols[..., None, :]]
-    details = intensity(patches)[:, 0]  # (B, count, count, PATCH, PATCH)
+    room = [side - PATCH + 1 for side in style.shape[2:]]
+    corners = (random.random_sample((count, count, 2)) * room).astype(int).reshape(-1, 2).tolist()
+    patches = torch.cat([style[:, :, top : top + PATCH, left : left + PATCH] for top, left in corners])
+    details = intensity(patches).view(count, count, len(style), PATCH, PATCH)
     details = details - details.mean((3, 4), keepdim=True)
-    variance = details.square().mean((1, 2, 3, 4))[:, None, None, None]
+    variance = details.square().mean((0, 1, 3, 4))[:, None, None, None]
     # Squares of overlapping windows add up to one, as variances of unlike details do.
     window = torch.from_numpy(np.sin((np.arange(PATCH) + 0.5) * np.pi / PATCH)).to(details)
     details = details * window[:, None] * window
     halves = details.unflatten(4, (2, -1)).unflatten(3, (2, -1))
-    cells = sum(halves[:, :, :, i, :, j].roll((i, j), (1, 2)) for i in (0, 1) for j in (0, 1))
-    return Texture(cells.transpose(2, 3).reshape(len(style), 1, PERIOD, PERIOD), variance)
+    cells = sum(halves[:, :, :, i, :, j].roll((i, j), (0, 1)) for i in (0, 1) for j in (0, 1))
+    return Texture(cells.permute(2, 0, 3, 1, 4).reshape(len(style), 1, PERIOD, PERIOD), variance)
 
 
-def mirrored(places: np.ndarray, side: int) -> Tensor:
-    """Places in a row of points that is continued by its mirror image, as places in the row."""
-    places = places % (2 * side)
-    return torch.from_numpy(np.minimum(places, 2 * side - 1 - places))
+def mirrored(image: Tensor) -> Tensor:
+    """Sides of at least PATCH points, by mirror images beyond the lower and the right border."""
+    for dim, side in enumerate(image.shape[2:], 2):
+        if side < PATCH:
+            places = torch.arange(PATCH, device=image.device) % (2 * side)
+            image = image.index_select(dim, torch.minimum(places, 2 * side - 1 - places))
+    return image
 
 
 def intensity(image: Tensor) -> Tensor:
