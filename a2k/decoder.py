@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from a2k.attention import channel_statistics, normalize
 from a2k.convolution import conv3x3
 from a2k.encoder import ENCODER_DEPTHS
-from a2k.texture import periodic_window
 
 # Convolutions per scale; scale 4 has one, as published.
 DECODER_DEPTHS = {**ENCODER_DEPTHS, "lite": (1, 2, 2, 1, 1)}
@@ -76,6 +75,15 @@ def style_vector(features: list[Tensor]) -> Tensor:
 def noise_tile() -> Tensor:
     """White noise of variance 1, (NOISE_PERIOD, NOISE_PERIOD), the same always: numpy's old generator is frozen."""
     return torch.from_numpy(np.random.RandomState(0).standard_normal((NOISE_PERIOD, NOISE_PERIOD))).float()
+
+
+def periodic_window(tile: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """(..., bottom - top, right - left) of the plane that is covered with the tile (..., h, w)."""
+    rows, cols = (
+        torch.arange(*ends, device=tile.device) % period
+        for ends, period in zip(((top, bottom), (left, right)), tile.shape[-2:], strict=True)
+    )
+    return tile.index_select(-2, rows).index_select(-1, cols)
 
 
 class StyledConv(nn.Module):

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from a2k.decoder import Decoder, StyledConv, StyledDecoder
+from a2k.decoder import Decoder, StyledConv, StyledDecoder, periodic_window
 from a2k.statistics import Statistics
 from a2k.storage import Storage
-from a2k.texture import periodic_window
 from a2k.tiling import Chain, Conv, JoinConv, Size, SmoothUpsampleConv, UpsampleConv, Window, layer_window, upsampled
 
 BAND_ROWS = {"cpu": 32, "cuda": 1024}  # of a map that is scaled in place

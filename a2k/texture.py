@@ -15,8 +15,11 @@ from torch import Tensor
 
 from a2k.images import from_levels
 
-PERIOD = 256  # points after which the texture repeats, in both directions
 PATCH = 64  # side of a patch in points
+PATCHES = 64  # cut out of a painting
+# Which patch begins at every half of a patch. The order repeats after 256 of them, 8192 points: repeated after 256
+# points, a sky was seen to be papered. numpy's old generator is frozen.
+ORDER = torch.from_numpy(np.random.RandomState(7).randint(PATCHES, size=(256, 256)))
 CELL = 8  # side in points of the cells of a photo whose details are measured
 SHARE = 0.3  # of the deviation of the painting's details that every part of a photo gets
 LEAST_VARIANCE = 1e-6  # of intensities, that of the details of a painting of one colour
@@ -24,10 +27,29 @@ BAND_POINTS = {"cpu": 1 << 18, "cuda": 1 << 22}  # of a photo measured at a time
 
 
 class Texture(NamedTuple):
-    """tile: (B, 1, PERIOD, PERIOD), covers the plane. variance: (B, 1, 1, 1), of the details it is made of."""
+    """quarters: (B, 4 PATCHES, (PATCH / 2)^2), of every patch the upper left, upper right, lower left and lower right
+    one. variance: (B, 1, 1, 1), of the details they are made of.
+    """
 
-    tile: Tensor
+    quarters: Tensor
     variance: Tensor
+
+    def window(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """(B, 1, bottom - top, right - left) of the plane that patches cover, each over half of the ones beside it."""
+        half, batch = PATCH // 2, len(self.quarters)
+        rows, cols = (
+            torch.arange(start // half - 1, ceil(end / half)) % len(ORDER)
+            for start, end in ((top, bottom), (left, right))
+        )
+        numbers, count = 4 * ORDER[rows[:, None], cols], (len(rows) - 1, len(cols) - 1)
+        # A patch that begins in a cell of half its side has its upper left quarter there.
+        over = [numbers[1:, 1:], numbers[1:, :-1] + 1, numbers[:-1, 1:] + 2, numbers[:-1, :-1] + 3]
+        over = torch.stack(over, 2).view(-1, 4).to(self.quarters.device)
+        cells = F.embedding_bag(over, self.quarters.transpose(0, 1).flatten(1), mode="sum")
+        plane = (
+            cells.view(*count, batch, half, half).permute(2, 0, 3, 1, 4).reshape(batch, 1, *(half * n for n in count))
+        )
+        return plane[:, :, top % half :, left % half :][:, :, : bottom - top, : right - left]
 
 
 def texture_of(style: Tensor) -> Texture:
@@ -35,20 +57,18 @@ def texture_of(style: Tensor) -> Texture:
     painting always has the same one.
     """
     style = mirrored(style)
-    count = 2 * PERIOD // PATCH  # of patches in a row, each over half of the one before
-    random = np.random.RandomState(7)  # numpy's old generator is frozen
+    random = np.random.RandomState(7)
     room = [side - PATCH + 1 for side in style.shape[2:]]
-    corners = (random.random_sample((count, count, 2)) * room).astype(int).reshape(-1, 2).tolist()
+    corners = (random.random_sample((PATCHES, 2)) * room).astype(int).tolist()
     patches = torch.cat([style[:, :, top : top + PATCH, left : left + PATCH] for top, left in corners])
-    details = intensity(patches).view(count, count, len(style), PATCH, PATCH)
-    details = details - details.mean((3, 4), keepdim=True)
-    variance = details.square().mean((0, 1, 3, 4))[:, None, None, None]
+    details = intensity(patches).view(PATCHES, len(style), PATCH, PATCH)
+    details = details - details.mean((2, 3), keepdim=True)
+    variance = details.square().mean((0, 2, 3))[:, None, None, None]
     # Squares of overlapping windows add up to one, as variances of unlike details do.
     window = torch.from_numpy(np.sin((np.arange(PATCH) + 0.5) * np.pi / PATCH)).to(details)
     details = details * window[:, None] * window
-    halves = details.unflatten(4, (2, -1)).unflatten(3, (2, -1))
-    cells = sum(halves[:, :, :, i, :, j].roll((i, j), (0, 1)) for i in (0, 1) for j in (0, 1))
-    return Texture(cells.permute(2, 0, 3, 1, 4).reshape(len(style), 1, PERIOD, PERIOD), variance)
+    quarters = details.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(1, 0, 2, 4, 3, 5)
+    return Texture(quarters.reshape(len(style), 4 * PATCHES, -1), variance)
 
 
 def mirrored(image: Tensor) -> Tensor:
@@ -100,8 +120,8 @@ def textured_window(x: Tensor, amount: Tensor, texture: Texture, top: int = 0, l
     rows = between_cells(top, bottom, amount.shape[2], amount)
     cols = between_cells(left, right, amount.shape[3], amount)
     cells = amount[:, :, rows.cells, cols.cells]
-    tile = periodic_window(texture.tile, top, bottom, left, right)
-    return (x + (rows.weights @ cells @ cols.weights.mT * tile).to(x.dtype)).clamp(0, 1)
+    details = texture.window(top, bottom, left, right)
+    return (x + (rows.weights @ cells @ cols.weights.mT * details).to(x.dtype)).clamp(0, 1)
 
 
 class Interpolation(NamedTuple):
@@ -128,12 +148,3 @@ def add_texture(image: Tensor, texture: Texture | None, strength: float = 1.0) -
         return image
     with torch.autocast(image.device.type, enabled=False):
         return textured_window(image, strength * gaps(image, texture), texture)
-
-
-def periodic_window(tile: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """(..., bottom - top, right - left) of the plane that is covered with the tile (..., h, w)."""
-    rows, cols = (
-        torch.arange(*ends, device=tile.device) % period
-        for ends, period in zip(((top, bottom), (left, right)), tile.shape[-2:], strict=True)
-    )
-    return tile.index_select(-2, rows).index_select(-1, cols)

@@ -8,7 +8,7 @@ from tiny import TINY, tiny_model
 
 from a2k import StyA2K, StyA2KConfig
 from a2k.colors import colors_of, match_colors
-from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_tile, style_vector
+from a2k.decoder import Decoder, StyledConv, StyledDecoder, noise_tile, periodic_window, style_vector
 from a2k.encoder import ENCODER_DEPTHS, Encoder
 from a2k.model import CONFIGS, init_kaiming, pad_content, pad_image, pad_style
 from a2k.texture import add_texture, texture_of
@@ -138,6 +138,12 @@ def test_noise_is_white_and_always_the_same():
     assert abs(low / high - 1) < 0.1
     expected = torch.tensor([1.7640523, 0.4001572, 0.978738, 2.2408932])  # numpy's RandomState(0)
     torch.testing.assert_close(tile[0, :4], expected)
+
+
+def test_periodic_window():
+    tile = torch.randn(2, 1, 5, 7)
+    plane = tile.tile(1, 1, 9, 9)
+    torch.testing.assert_close(periodic_window(tile, 3, 31, 6, 50), plane[:, :, 3:31, 6:50], rtol=0, atol=0)
 
 
 def test_styled_decoder_size():

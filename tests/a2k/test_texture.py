@@ -11,7 +11,7 @@ from tiny import TINY, tiny_model
 
 from a2k import texture
 from a2k.colors import colors_of, match_colors
-from a2k.texture import CELL, PATCH, PERIOD, SHARE, add_texture, gaps, periodic_window, texture_of, textured_window
+from a2k.texture import CELL, ORDER, PATCH, PATCHES, SHARE, add_texture, gaps, texture_of, textured_window
 
 SEED = random.randrange(10**6)
 
@@ -37,28 +37,40 @@ def photo(height: int, width: int, batch: int = 1) -> torch.Tensor:
 # ---- the texture
 
 
-def test_tile_is_the_sum_of_windowed_patches():
-    style = painting(75, 90).double()
-    result = np.zeros((PERIOD, PERIOD))
-    numbers, variances = np.random.RandomState(7), []
+def test_is_the_sum_of_windowed_patches():
+    style, (height, width) = painting(75, 90).double(), (230, 200)
+    corners = np.random.RandomState(7).random_sample((PATCHES, 2)) * (75 - PATCH + 1, 90 - PATCH + 1)
+    patches = [style[0, :, y : y + PATCH, x : x + PATCH].mean(0).numpy() for y, x in corners.astype(int)]
     window = np.sin((np.arange(PATCH) + 0.5) * np.pi / PATCH)
-    for top in range(0, PERIOD, PATCH // 2):
-        for left in range(0, PERIOD, PATCH // 2):
-            y, x = (numbers.random_sample(2) * (75 - PATCH + 1, 90 - PATCH + 1)).astype(int)
-            patch = style[0, :, y : y + PATCH, x : x + PATCH].mean(0).numpy()
-            variances.append(patch.var())
-            place = np.ix_(np.arange(top, top + PATCH) % PERIOD, np.arange(left, left + PATCH) % PERIOD)
-            result[place] += (patch - patch.mean()) * np.outer(window, window)
-    tile, variance = texture_of(style)
-    np.testing.assert_allclose(tile[0, 0], result, atol=1e-12)
-    np.testing.assert_allclose(variance, np.mean(variances), rtol=1e-12)
+    half, plane = PATCH // 2, np.zeros((height + 2 * PATCH, width + 2 * PATCH))
+    for row in range(-1, height // half + 1):
+        for col in range(-1, width // half + 1):
+            patch, top, left = patches[ORDER[row % 256, col % 256]], (row + 1) * half, (col + 1) * half
+            plane[top : top + PATCH, left : left + PATCH] += (patch - patch.mean()) * np.outer(window, window)
+    texture = texture_of(style)
+    result = texture.window(0, height, 0, width)[0, 0]
+    np.testing.assert_allclose(result, plane[half : half + height, half : half + width], atol=1e-12)
+    np.testing.assert_allclose(texture.variance, np.mean([patch.var() for patch in patches]), rtol=1e-12)
 
 
-def test_tile_has_the_variance_of_the_details():
-    tile, variance = texture_of(painting(100, 90))
-    assert tile.dtype == torch.float32
-    assert abs(tile.mean()) < 0.05 * variance.sqrt()
-    assert tile.var().item() == pytest.approx(variance.item(), rel=0.1)
+def test_has_the_variance_of_the_details():
+    texture = texture_of(painting(100, 90))
+    plane = texture.window(5, 400, 9, 390)
+    assert plane.dtype == torch.float32
+    assert abs(plane.mean()) < 0.05 * texture.variance.sqrt()
+    assert plane.var().item() == pytest.approx(texture.variance.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("corner", ((0, 0), (8100, 8150)))
+def test_does_not_repeat(corner):
+    """At no distance in a photo of 1,400 points are windows alike, as they were when 256 points repeated."""
+    (top, left), side = corner, 1400
+    plane = texture_of(painting(100, 90)).window(top, top + side, left, left + side)[0, 0]
+    spectrum = torch.fft.rfft2(plane - plane.mean(), s=(2 * side, 2 * side))
+    products = torch.fft.irfft2(spectrum.abs().square())[: side // 2, : side // 2]
+    likeness = products / products[0, 0]
+    assert likeness[PATCH:].abs().max() < 0.1
+    assert likeness[:, PATCH:].abs().max() < 0.1
 
 
 @pytest.mark.parametrize(("size", "padded"), (((1, 1), (64, 64)), ((32, 90), (64, 90)), ((64, 63), (64, 64))))
@@ -77,12 +89,6 @@ def test_levels_and_layouts_make_the_same_texture(size):
         torch.testing.assert_close(texture_of(same), expected, rtol=1e-6, atol=1e-7)
     for i in range(2):
         torch.testing.assert_close(texture_of(levels[i : i + 1]), [x[i : i + 1] for x in expected])
-
-
-def test_periodic_window():
-    tile = torch.randn(2, 1, 5, 7)
-    plane = tile.tile(1, 1, 9, 9)
-    torch.testing.assert_close(periodic_window(tile, 3, 31, 6, 50), plane[:, :, 3:31, 6:50], rtol=0, atol=0)
 
 
 # ---- how much of it
@@ -123,7 +129,8 @@ def test_gaps_in_bands(monkeypatch):
 def test_amount_changes_linearly_between_cells(size):
     cells = [-(-side // CELL) for side in size]
     amount, x = torch.rand(2, 1, *cells), torch.full((2, 3, *size), 0.5)
-    style = texture.Texture(torch.full((2, 1, PERIOD, PERIOD), 0.25), torch.ones(2, 1, 1, 1))
+    quarters = torch.full((2, 4 * PATCHES, PATCH**2 // 4), 0.0625)  # of which every point has four
+    style = texture.Texture(quarters, torch.ones(2, 1, 1, 1))
     expected = 0.5 + 0.25 * F.interpolate(amount, scale_factor=CELL, mode="bilinear")[:, :, : size[0], : size[1]]
     torch.testing.assert_close(textured_window(x, amount, style), expected.expand_as(x))
 
