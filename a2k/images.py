@@ -8,14 +8,17 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
+FILLED_SIDE = 256  # largest of the picture from which colours spread to transparent parts
 
 # A fixed list: others of Pillow's readers run outside programs (EPS) or accept nearly any bytes (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
@@ -46,10 +49,18 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright picture: `rgb` in mode RGB and sRGB; `alpha` in mode L and of the same size, or None."""
+    """An upright picture: `rgb` in mode RGB and sRGB; `alpha` in mode L and of the same size, or None.
+
+    Where alpha is 0, rgb has colours of what is near.
+    """
 
     rgb: Image.Image
     alpha: Image.Image | None
+
+    @property
+    def visible(self) -> Image.Image:
+        """rgb without borders that are wholly transparent."""
+        return self.rgb if self.alpha is None else self.rgb.crop(self.alpha.getbbox())
 
 
 def read_image(
@@ -268,7 +279,8 @@ def _to_picture(image: Image.Image, name: object, max_pixels: int, short_side: i
             image.draft(None, (short_side, short_side))
         image.load()
         image = _to_upright(image)
-        return Picture(_to_srgb(image), _alpha_of(image))
+        rgb, alpha = _to_srgb(image), _alpha_of(image)
+        return Picture(rgb if alpha is None else fill_hidden(rgb, alpha), alpha)
     except Exception as error:  # Pillow's decoders raise errors of many kinds for damaged files
         raise ImageError(f"cannot read {name}: {_reason(error)}; {_DAMAGED_REMEDY}") from error
 
@@ -292,6 +304,33 @@ def _alpha_of(image: Image.Image) -> Image.Image | None:
         opaque = np.asarray(image) != image.info["transparency"]
         return Image.fromarray(opaque.astype(np.uint8) * 255)
     return image.convert("RGBA").getchannel("A")
+
+
+def fill_hidden(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
+    """rgb with colours of what is near where alpha is 0.
+
+    What programs leave there, black or white mostly, would else count for a photo's contrast and a painting's colours.
+    """
+    least, most = alpha.getextrema()
+    if least > 0 or most == 0:
+        return rgb
+    factor = ceil(max(rgb.size) / FILLED_SIDE)
+    channels = [*(ImageChops.multiply(channel, alpha) for channel in rgb.split()), alpha]
+    small = [torch.from_numpy(np.array(channel.convert("F").reduce(factor))) for channel in channels]
+    colors, weight = torch.stack(small)[None].split((3, 1), 1)
+    filling = to_pil(spread(colors, weight)).resize(rgb.size, Image.Resampling.BILINEAR)
+    return Image.composite(rgb, filling, alpha.point(lambda level: 255 * (level > 0)))
+
+
+def spread(colors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean colours, those of larger and larger surroundings where nothing has weight (pull and push, Gortler et al.
+    1996, section 3.4). colors: (B, C, H, W), each times its weight; weight: (B, 1, H, W), not zero everywhere.
+    """
+    if weight.min() > 0:
+        return colors / weight
+    surroundings = spread(*(F.avg_pool2d(x, 2, ceil_mode=True) for x in (colors, weight)))
+    surroundings = F.interpolate(surroundings, size=weight.shape[2:], mode="bilinear")
+    return torch.where(weight > 0, colors / weight, surroundings)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -64,7 +64,7 @@ class StyleTransfer:
 
     def encode_style(self, style: ImageSource, *, style_size: int | None = None, progress: bool = False) -> Style:
         """Prepare a style once for many contents. Arguments and errors as for `stylize`."""
-        painting = self._resize(read_image(style, max_pixels=self.max_pixels).rgb, style_size, "style_size")
+        painting = self._resize(read_image(style, max_pixels=self.max_pixels).visible, style_size, "style_size")
         with self._bar("style", painting.size, None, progress) as bar:
             return Style(self._network.encode_style(self._tensor([painting]), bar.update), self._network)
 
@@ -83,7 +83,7 @@ class StyleTransfer:
 
         Args:
             content, style: path, binary stream, PIL image or HxWx3 uint8 array of any size and aspect; style also what
-                `encode_style` returned.
+                `encode_style` returned. Transparent borders of a painting are cut off.
             strength: from 0 (the style has no influence) to 1.
             size, style_size: resize so that the short side has so many pixels; None leaves the picture as it is.
             preserve_color: keep the content's colours and take only the brightness of the result.

@@ -388,7 +388,7 @@ def test_1_bit(rng):
 
 
 def test_grey_with_and_without_alpha(rng):
-    grey, alpha = noise(rng, 5, 7), noise(rng, 5, 7)
+    grey, alpha = noise(rng, 5, 7), noise(rng, 5, 7) | 1
     plain = read_bytes(encoded(Image.fromarray(grey), "PNG"))
     clear = read_bytes(encoded(Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha))), "PNG"))
     for picture in [plain, clear]:
@@ -399,6 +399,7 @@ def test_grey_with_and_without_alpha(rng):
 
 def test_rgba(rng):
     pixels = noise(rng, 5, 7, 4)
+    pixels[..., 3] |= 1
     picture = read_bytes(encoded(Image.fromarray(pixels), "PNG"))
     np.testing.assert_array_equal(np.asarray(picture.rgb), pixels[..., :3])
     np.testing.assert_array_equal(np.asarray(picture.alpha), pixels[..., 3])
@@ -414,11 +415,50 @@ def test_palette_with_transparency(rng):
         opaque = read_bytes(encoded(image, "PNG"))
         several = read_bytes(encoded(image, "PNG", transparency=bytes([0, 80, 255, 9])))
         single = read_bytes(encoded(image, "GIF", transparency=2))
-    for picture in [opaque, several]:
-        np.testing.assert_array_equal(np.asarray(picture.rgb), palette[index])
+    np.testing.assert_array_equal(np.asarray(opaque.rgb), palette[index])
+    np.testing.assert_array_equal(np.asarray(several.rgb)[index > 0], palette[index[index > 0]])
     assert opaque.alpha is None
     np.testing.assert_array_equal(np.asarray(several.alpha), np.array([0, 80, 255, 9])[index])
     np.testing.assert_array_equal(np.asarray(single.alpha), np.where(index == 2, 0, 255))
+
+
+@pytest.mark.parametrize("size", [(40, 30), (1, 90), (700, 5), (513, 600)])
+def test_hidden_colours_do_not_matter(rng, size):
+    """Neither does what is visible change."""
+    alpha = np.where(rng.random(size) < 0.5, 0, noise(rng, *size))
+    alpha[: size[0] // 2 + 1] *= rng.random(size)[: size[0] // 2 + 1] < 0.01
+    alpha[-1, -1] = 200
+    colors, results = noise(rng, *size, 3), []
+    for hidden in (0, 255, noise(rng, *size, 3)):
+        pixels = np.dstack([np.where(alpha[..., None] > 0, colors, hidden), alpha]).astype(np.uint8)
+        results.append(np.asarray(read_image(Image.fromarray(pixels)).rgb))
+        np.testing.assert_array_equal(results[-1][alpha > 0], colors[alpha > 0])
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_hidden_parts_take_the_colours_of_what_is_near(rng):
+    pixels = np.zeros((300, 400, 4), np.uint8)
+    pixels[100:200, :40] = 250, 30, 20, 255
+    pixels[100:200, -40:] = 10, 60, 240, 255
+    rgb = np.asarray(read_image(Image.fromarray(pixels)).rgb).astype(int)
+    assert np.abs(rgb[98:202, :45] - (250, 30, 20)).max() < 30
+    assert np.abs(rgb[98:202, -45:] - (10, 60, 240)).max() < 30
+    assert (np.diff(rgb[150, :, 0]) <= 0).all()  # from red to blue without a step back
+
+
+def test_without_a_visible_pixel():
+    hidden = Image.new("RGBA", (4, 3), (10, 20, 30, 0))
+    picture = read_image(hidden)
+    assert picture.visible.size == (4, 3)
+    assert picture.rgb.getpixel((2, 1)) == (10, 20, 30)
+
+
+def test_visible_part():
+    pixels = np.zeros((9, 8, 4), np.uint8)
+    pixels[2:5, 3:7] = 50, 60, 70, 1
+    assert np.asarray(read_image(Image.fromarray(pixels)).visible).tolist() == np.full((3, 4, 3), (50, 60, 70)).tolist()
+    assert read_image(pixels[..., :3]).visible.size == (8, 9)
 
 
 def test_palette_with_alpha_channel():
@@ -444,7 +484,7 @@ def test_transparent_level_of_16_bit_grey():
     values = np.array([[1000, 1001, 65535]])
     picture = read_bytes(png_16_bit_grey(values, png_chunk(b"tRNS", struct.pack(">H", 1000))))
     assert list(picture.alpha.tobytes()) == [0, 255, 255]
-    assert picture.rgb.getpixel((0, 0)) == (4, 4, 4)
+    assert picture.rgb.getpixel((1, 0)) == (4, 4, 4)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])

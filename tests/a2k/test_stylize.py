@@ -170,6 +170,7 @@ def test_preserve_color(transfer):
 
 def test_alpha_is_carried_over(transfer):
     content = noise(40, 34, channels=4)
+    content[..., 3] |= 1
     image, style = Image.fromarray(content), noise(seed=1)
     out = transfer.stylize(image, style)
     assert out.mode == "RGBA"
@@ -181,6 +182,19 @@ def test_alpha_is_carried_over(transfer):
 
 def test_alpha_of_the_style_is_ignored(transfer):
     assert transfer.stylize(noise(), Image.fromarray(noise(channels=4))).mode == "RGB"
+
+
+def test_hidden_colours_do_not_matter(transfer):
+    """Of photos and paintings, whose transparent borders are cut off."""
+    content, style = noise(40, 34, channels=4), noise(50, 45, seed=1, channels=4)
+    content[5:20, 4:30, 3] = style[:, 30:, 3] = style[:9, :, 3] = 0
+    style[9:, :30, 3] = 255
+    content[5:20, 4:30, :3] = style[:, 30:, :3] = 0
+    expected = transfer.stylize(Image.fromarray(content), style[9:, :30, :3])
+    for hidden in (0, 255):
+        content[content[..., 3] == 0, :3] = style[style[..., 3] == 0, :3] = hidden
+        out = transfer.stylize(Image.fromarray(content), Image.fromarray(style))
+        assert out.tobytes() == expected.tobytes()
 
 
 # --- several pictures
