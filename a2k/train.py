@@ -1,6 +1,7 @@
 """Training: the published losses on random crops, with checkpoints, samples and logs (see `a2k train --help`)."""
 
 import copy
+import json
 import math
 import signal
 import sys
@@ -28,7 +29,7 @@ from a2k.sheet import contact_sheet
 from a2k.train_log import TrainLog, describe, plot_losses, significant
 from a2k.train_losses import TrainingLosses
 from a2k.train_options import TrainingError, TrainOptions
-from a2k.train_state import StateFiles, file_names, random_state, restore_random_state, write_json
+from a2k.train_state import StateFiles, list_file, random_state, restore_random_state, write_json
 from a2k.validation import VALIDATION_PAIRS, Validation
 
 STANDARDIZE_PAIRS = 64  # pairs of crops from which a styled decoder learns what is usual
@@ -90,15 +91,29 @@ class Trainer:
         self.file_names = {}
         for kind, folder in (("content", options.content_dir), ("style", options.style_dir)):
             files = find_images([folder])
-            names = self.file_names[kind] = file_names(self.folder, kind, files)
-            files, held_files = hold_out([files[0].with_name(name) for name in names], options.holdout)
-            training.append(files)
-            held.append(readable_images(held_files or files, VALIDATION_PAIRS))
+            listed = self._listed(kind, files)
+            self.file_names[kind] = [path.name for path in listed]
+            kept, held_files = hold_out(listed, options.holdout)
+            training.append(kept)
+            shown = held_files or kept
+            if not set(shown) & set(files):
+                raise TrainingError(
+                    f"--{kind}-dir {folder} has none of the {len(shown)} validation pictures that "
+                    f"{list_file(self.folder, kind)} lists; resume with the folder that the run began with"
+                )
+            held.append(readable_images(shown, VALIDATION_PAIRS))
         step_size = options.batch_size * options.accumulate * self.processes.count
         length = options.steps * step_size
         self.data = PairDataset(*training, options.crop, step_size, length, options.seed, options.scale)
         self.data[0]  # raises ImageError here and not in another process, where its message would drown
         return held
+
+    def _listed(self, kind: str, files: list[Path]) -> list[Path]:
+        """The pictures of one kind that the run draws from: where it goes on, those of its beginning."""
+        names = list_file(self.folder, kind)
+        if not (self.options.resume and names.exists()):  # of a run that died before its first state
+            return files
+        return [files[0].with_name(name) for name in json.loads(names.read_text())]
 
     def _build_model(self, perceptual_kind: str) -> StyA2K:
         options = self.options
@@ -172,7 +187,7 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for kind, names in self.file_names.items():
-                write_json(names, self.folder / f"{kind}_files.json")
+                write_json(names, list_file(self.folder, kind))
             write_json(self.options.flat(), self.folder / "options.json")
             return TrainLog(self.folder, self.step)
         except OSError as error:

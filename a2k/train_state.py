@@ -41,10 +41,9 @@ class StateFiles:
         return state, path
 
 
-def file_names(run: Path, kind: str, files: list[Path]) -> list[str]:
-    """Names of the run's files of one kind as they were when it began; those of `files` if it has not begun."""
-    target = run / f"{kind}_files.json"
-    return json.loads(target.read_text()) if target.exists() else [path.name for path in files]
+def list_file(run: Path, kind: str) -> Path:
+    """Where the run keeps the names of its files of one kind, as they were when it began."""
+    return run / f"{kind}_files.json"
 
 
 def write_json(value: object, target: Path) -> None:

@@ -315,6 +315,27 @@ def test_resume_where_a_folder_has_changed(options):
         assert entry | {"seconds": 0} == expected | {"seconds": 0}
 
 
+def test_resume_with_another_folder(capsys, command, tmp_path):
+    assert main([str(x) for x in command]) == 0
+    pictures(tmp_path / "other", 1)
+    (tmp_path / "other" / "0.png").rename(tmp_path / "other" / "new.png")
+    message = refusal(capsys, *command, "--resume", "--content-dir", tmp_path / "other")
+    lists = tmp_path / "run" / "content_files.json"
+    assert f"--content-dir {tmp_path / 'other'} has none of the 2 validation pictures that {lists} lists" in message
+
+
+def test_a_new_run_takes_no_list_from_one_that_died(options):
+    """Before its first state."""
+    trainer = Trainer(options)
+    stop_after(trainer, 1, RuntimeError)
+    with pytest.raises(RuntimeError):
+        trainer.run()
+    pictures(Path(options.content_dir), 6)
+    Trainer(replace(options, steps=1)).run()
+    names = json.loads((Path(options.output) / "content_files.json").read_text())
+    assert names == [f"{number}.png" for number in range(6)]
+
+
 def test_resume_after_a_crash_logs_every_step_once(options):
     trainer = Trainer(replace(options, checkpoint_steps=2))
     stop_after(trainer, 3, RuntimeError)
