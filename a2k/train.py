@@ -260,11 +260,13 @@ class Trainer:
         """Backward passes over the batches of one step; returns the mean losses of this process."""
         self.optimizer.zero_grad(set_to_none=True)
         parts, sums = self.options.accumulate, {}
+        first, step_pairs = self.processes.rank * len(content), self.processes.count * len(content)
         for number, pair in enumerate(zip(content.chunk(parts), style.chunk(parts), strict=True), 1):
             if self.processes.count > 1:
                 self.parallel_losses.require_backward_grad_sync = number == parts
             pair = (x.to(self.device, memory_format=torch.channels_last, non_blocking=True) for x in pair)
-            losses = self.parallel_losses(*pair)
+            losses = self.parallel_losses(*pair, first, step_pairs)
+            first += len(content) // parts
             (losses["total"] / parts).backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach() / parts

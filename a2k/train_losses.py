@@ -94,13 +94,17 @@ class TrainingLosses(nn.Module):
             widths = zip(model.encoder.channels, perceptual.channels, strict=True)
             self.hints.extend(nn.Conv2d(*pair, 1) for pair in widths)
 
-    def forward(self, content: Tensor, style: Tensor) -> dict[str, Tensor]:
-        """content, style: (B, 3, crop, crop). Returns every loss at weight 1, and their weighted sum as "total", which
-        alone has a gradient.
+    def forward(self, content: Tensor, style: Tensor, first: int = 0, step_pairs: int = 0) -> dict[str, Tensor]:
+        """content, style: (B, 3, crop, crop), of which `first` is the number within a step of step_pairs (0: of these).
+
+        Returns every loss at weight 1, and their weighted sum as "total", which alone has a gradient. Means over the
+        batches of a step are the losses of the step.
         """
         with torch.autocast(content.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             images = torch.cat([content, style])
-            return self._copying(images) if self.autoencoding else self._style(images)
+            return (
+                self._copying(images) if self.autoencoding else self._style(images, first, step_pairs or len(content))
+            )
 
     def _copying(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.encoder(images)
@@ -115,7 +119,7 @@ class TrainingLosses(nn.Module):
             total = total + losses["hint"]
         return losses | {"total": total}
 
-    def _style(self, images: Tensor) -> dict[str, Tensor]:
+    def _style(self, images: Tensor, first: int, step_pairs: int) -> dict[str, Tensor]:
         recipe, batch = self.recipe, len(images) // 2
         features, targets = self._targets(images)
         if self.shares_encoder:
@@ -127,14 +131,22 @@ class TrainingLosses(nn.Module):
         if recipe.sharpness_weight:
             losses["sharpness"] = F.mse_loss(band_energies(output), band_energies(images[batch:]))
             total = total + recipe.sharpness_weight * losses["sharpness"]
-        if recipe.identity_weight:  # of every second pair, in turn the photo and the painting
-            own = torch.arange(0, batch, 2, device=images.device)
-            own[1::2] += batch
-            own_features = [x[own] for x in features] if self.shares_encoder else self.model.encoder(images[own])
-            copy = self._decode(self.model.transform(own_features, own_features), images[own])
-            losses["identity"] = F.l1_loss(at_least_float32(copy), images[own])
+        if recipe.identity_weight:
+            losses["identity"] = self._identity(images, features, first, step_pairs)
             total = total + recipe.identity_weight * losses["identity"]
         return losses | {"total": total}
+
+    def _identity(self, images: Tensor, features: list[Tensor], first: int, step_pairs: int) -> Tensor:
+        """Of every second pair of the step, in turn the photo and the painting; 0 where none of them is here."""
+        batch = len(images) // 2
+        chosen = [n for n in range(first, first + batch) if n % 2 == 0]
+        if not chosen:
+            return images.new_zeros(())
+        own = torch.tensor([n - first + (batch if n % 4 else 0) for n in chosen], device=images.device)
+        own_features = [x[own] for x in features] if self.shares_encoder else self.model.encoder(images[own])
+        copy = self._decode(self.model.transform(own_features, own_features), images[own])
+        share = (len(chosen) / batch) / (-(-step_pairs // 2) / step_pairs)  # batches have more or fewer than the step
+        return share * F.l1_loss(at_least_float32(copy), images[own])
 
     def _encode_pairs(self, content: Tensor, style: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Feature maps of photos and paintings, by the model's own encoder."""

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import sys
@@ -235,6 +236,24 @@ def test_the_decoder_learns_what_statistics_are_usual(options):
     for model in (trainer.model, trainer.average):
         torch.testing.assert_close(model.decoder.vector_mean, vectors.mean(0))
         torch.testing.assert_close(model.decoder.vector_deviation, vectors.std(0).clamp_min(LEAST_DEVIATION))
+
+
+@pytest.mark.parametrize("config", ("styled", "vgg16"))
+def test_a_step_is_the_same_however_it_is_split(options, config, tiny_vgg, monkeypatch):
+    """Photos and paintings are copied by their place in the step, be it of 8 x 1, 4 x 2, 2 x 4 or 1 x 8 pairs."""
+    monkeypatch.setattr(a2k.train, "load_encoder", lambda path: (copy.deepcopy(tiny_vgg), "vgg16"))
+    recipe = replace(RECIPES[config], autoencode_steps=0, identity_weight=1.0)
+    for pairs, splits in ((8, (1, 2, 4, 8)), (6, (1, 2, 3))):
+        found = []
+        for accumulate in splits:
+            split = replace(options, config=config, recipe=recipe, batch_size=pairs // accumulate)
+            trainer = Trainer(replace(split, accumulate=accumulate))
+            trainer.losses.double()
+            batch = [torch.stack(x).double() for x in zip(*(trainer.data[i] for i in range(pairs)), strict=True)]
+            losses = trainer._gradients(*batch)
+            found.append((losses, [p.grad for p in trainer.parameters if p.grad is not None]))
+        for step in found[1:]:
+            torch.testing.assert_close(step, found[0])
 
 
 def test_autoencoding_leaves_the_attention_alone(options):

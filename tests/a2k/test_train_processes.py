@@ -151,7 +151,8 @@ def test_two_processes(options, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "styled", TINY)
     monkeypatch.setattr(a2k.checkpoint, "VGG_CHANNELS", TINY.channels)
     monkeypatch.setattr(a2k.train, "plot_losses", lambda log, target: None)
-    recipe = replace(options.recipe, lr=1e-7, clip=1e9, content_weight=1.0)  # all steps at nearly the same weights
+    # All steps at nearly the same weights.
+    recipe = replace(options.recipe, lr=1e-7, clip=1e9, content_weight=1.0, identity_weight=1.0)
     options = replace(options, recipe=recipe, steps=4, batch_size=4, accumulate=2, crop=(64, 32))
     options = replace(options, checkpoint_steps=99, validate_steps=99)
     torch.save(options, tmp_path / "options.pt")
