@@ -263,8 +263,12 @@ def held_files(folder: str | Path, holdout: int) -> list[Path]:
 
 def choose_pairs(contents: int, styles: int, pairs: int) -> list[tuple[int, int, int]]:
     """(content, style, another style) for a fixed choice of distinct pairs, sorted by content."""
-    rng = np.random.default_rng(0)
-    chosen = np.sort(rng.permutation(contents * styles)[:pairs])
+    rng, count = np.random.default_rng(0), contents * styles
+    if count <= 10**6:  # published scores are of these pairs
+        drawn = rng.permutation(count)[:pairs]
+    else:  # without a list of all of them, which may not fit in memory
+        drawn = rng.choice(count, min(pairs, count), replace=False)
+    chosen = np.sort(drawn)
     others = rng.integers(1, styles, len(chosen))
     return [(int(p) // styles, int(p) % styles, int(p + o) % styles) for p, o in zip(chosen, others, strict=True)]
 

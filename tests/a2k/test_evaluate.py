@@ -1,5 +1,6 @@
 import json
 import re
+import tracemalloc
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -70,6 +71,24 @@ def test_pairs_are_fixed_and_distinct():
     for drawn in zip(*chosen, strict=True):
         assert set(drawn) <= set(range(40))
         assert len(set(drawn)) > 35
+
+
+def test_pairs_of_published_scores():
+    """Drawn as they were then, up to a million."""
+    drawn = np.sort(np.random.default_rng(0).permutation(10**6)[:200]).tolist()
+    assert [c * 1000 + s for c, s, _ in choose_pairs(1000, 1000, 200)] == drawn
+
+
+def test_pairs_of_many_pictures_need_little_memory():
+    tracemalloc.start()
+    chosen = choose_pairs(4000, 3000, 200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+    assert chosen == choose_pairs(4000, 3000, 200) == sorted(chosen)
+    assert len({pair[:2] for pair in chosen}) == 200
+    assert all(0 <= s < 3000 and s != other for _, s, other in chosen)
+    assert max(c for c, _, _ in chosen) in range(3500, 4000)
 
 
 def test_no_more_pairs_than_there_are():
