@@ -274,10 +274,12 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Exponential moving average of the weights; its decay rises, to forget the start."""
+        """Exponential moving average of the weights; its decay rises, to forget the start. Buffers are the model's."""
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         update = get_ema_multi_avg_fn(decay)
         update(list(self.average.parameters()), list(self.model.parameters()), self.step)
+        for own, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            own.copy_(buffer)
 
     def validate(self) -> dict[str, float]:
         """Losses of the averaged network on the validation pairs; the best network so far is written."""

@@ -238,6 +238,14 @@ def test_the_decoder_learns_what_statistics_are_usual(options):
         torch.testing.assert_close(model.decoder.vector_deviation, vectors.std(0).clamp_min(LEAST_DEVIATION))
 
 
+def test_the_averaged_network_knows_what_is_usual_while_it_copies(options):
+    Trainer(replace(options, recipe=replace(RECIPE, autoencode_steps=10), steps=1)).run()
+    saved, model = tensors_of(options.output), Trainer(replace(options, resume=True)).model.decoder
+    for name in ("vector_mean", "vector_deviation"):
+        torch.testing.assert_close(saved[f"decoder.{name}"], getattr(model, name), rtol=0, atol=0)
+        assert not torch.equal(getattr(model, name), getattr(tiny_model().decoder, name))
+
+
 @pytest.mark.parametrize("config", ("styled", "vgg16"))
 def test_a_step_is_the_same_however_it_is_split(options, config, tiny_vgg, monkeypatch):
     """Photos and paintings are copied by their place in the step, be it of 8 x 1, 4 x 2, 2 x 4 or 1 x 8 pairs."""
