@@ -26,7 +26,12 @@ class StateFiles:
     def save(self, step: int, state: dict) -> None:
         def write(temporary: str) -> None:
             with open(temporary, "wb") as file:
-                torch.save(state, file)
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:
+                    if isinstance(error.__context__, OSError):  # as of a full disk, which torch then hides
+                        raise error.__context__ from None
+                    raise
 
         write_atomically(self.folder / f"step_{step:08d}.pt", write)
         for old in self.all()[: -self.keep]:
