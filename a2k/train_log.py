@@ -6,7 +6,7 @@ from pathlib import Path
 
 from a2k.checkpoint import write_atomically
 
-LOSSES = ("pixel", "hint", "global", "local", "content", "identity")
+LOSSES = ("pixel", "hint", "global", "local", "content", "sharpness", "identity")
 VALIDATION = ("validation_style", "validation_content")
 
 

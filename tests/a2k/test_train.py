@@ -19,7 +19,7 @@ from a2k.images import ImageError
 from a2k.model import CONFIGS
 from a2k.schedules import SCHEDULES
 from a2k.train import Trainer
-from a2k.train_log import plot_losses, smooth, trim_log
+from a2k.train_log import LOSSES, describe, plot_losses, smooth, trim_log
 from a2k.train_options import RECIPES, Recipe, TrainingError, TrainOptions
 
 KEYS = {"step", "global", "local", "lr", "seconds"}
@@ -193,6 +193,16 @@ def test_bfloat16(options):
 def test_content_loss_only_where_it_counts(options, recipe, names):
     Trainer(replace(options, recipe=recipe, steps=2)).run()
     assert set(log_of(options.output)[1]) & {"content"} == names
+
+
+@pytest.mark.parametrize("config", RECIPES)
+def test_every_loss_of_the_log_is_shown(options, config):
+    """In the plot, at the progress bar, and among the losses of TensorBoard."""
+    Trainer(replace(options, recipe=replace(RECIPES[config], autoencode_steps=1), steps=2)).run()
+    log = log_of(options.output)
+    logged = {name for entry in log for name in entry}
+    assert logged - {"step", "lr", "seconds"} <= set(LOSSES)
+    assert ("sharpness " in describe(log[1])) == (config == "styled")
 
 
 def test_no_local_loss_where_it_does_not_count(options, monkeypatch):
