@@ -294,6 +294,7 @@ class Trainer:
         state = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
         state["hints"] = self.losses.hints.state_dict()
         state |= {name: getattr(self, name) for name in ("step", "style_start", "best")}
+        state["best_scale"] = self.validation.scale
         self.states.save(self.step, state | {"random": random_state(self.device)})
         save_model(self.average, self.folder / "weights.safetensors")
         write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.png")
@@ -304,7 +305,9 @@ class Trainer:
         state, source = self.states.load(keys)
         for name in ("model", "average"):
             load_strictly(getattr(self, name), state[name], source)
-        self.step, self.style_start, self.best = state["step"], state["style_start"], state["best"]
+        self.step, self.style_start = state["step"], state["style_start"]
+        if state.get("best_scale") == self.validation.scale:  # else other pictures or another network measured it
+            self.best = state["best"]
         if self.step < self.style_start:
             load_strictly(self.losses.hints, state["hints"], source)
         restore_random_state(state["random"], self.device)

@@ -1,5 +1,7 @@
 """Validation on fixed pairs of held-out photos and paintings."""
 
+import hashlib
+from functools import cached_property
 from itertools import cycle, islice
 
 import torch
@@ -37,6 +39,15 @@ class Validation:
         content, style = (torch.stack(list(islice(cycle(images), count))) for images in squares)
         self.batches = list(zip(content.split(batch_size), style.split(batch_size), strict=True))
         self.perceptual, self.device = perceptual, device
+
+    @cached_property
+    def scale(self) -> str:
+        """A digest of the pairs and of the perceptual network: sums are comparable where it is the same."""
+        digest = hashlib.sha256()
+        tensors = [*(x for batches in zip(*self.batches, strict=True) for x in batches), *self.perceptual.parameters()]
+        for x in tensors:
+            digest.update(x.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:

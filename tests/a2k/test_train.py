@@ -575,6 +575,20 @@ def test_the_best_weights_are_kept(options, monkeypatch):
     assert [torch.equal(best, x) for x in averages] == [False, True, False, False]
 
 
+@pytest.mark.parametrize("change", ({}, {"crop": (48,)}, {"holdout": 1}, {"batch_size": 1}, {"perceptual": "other"}))
+def test_the_best_sum_is_of_one_scale(options, tiny_vgg, monkeypatch, change):
+    """It goes on where the same pictures are compared by the same network."""
+    trainer = Trainer(replace(options, validate_steps=2))
+    trainer.run()
+    other = copy.deepcopy(tiny_vgg)
+    if "perceptual" in change:
+        torch.nn.init.ones_(other.conv1_1.bias)
+    monkeypatch.setattr(a2k.train, "load_encoder", lambda path: (other, "vgg16"))
+    resumed = Trainer(replace(options, resume=True, **change))
+    assert trainer.best < float("inf")
+    assert resumed.best == (trainer.best if set(change) <= {"batch_size"} else float("inf"))
+
+
 def test_long_and_tiny_pictures(options):
     for path, size in (("content/0.png", (1, 5000)), ("content/4.png", (5000, 1)), ("style/4.png", (1, 1))):
         Image.new("RGB", size).save(Path(options.content_dir).parent / path)
