@@ -223,10 +223,11 @@ class Trainer:
         dropped: a run that was resumed would meet that picture again.
         """
         self.dropped = 0 if math.isfinite(norm) else self.dropped + 1
+        remedy = "lower --lr and --resume" if self.states.all() else "lower --lr"
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.step + 1}; lower --lr and --resume")
+            raise TrainingError(f"the loss is {loss} at step {self.step + 1}; {remedy}")
         if self.dropped == MOST_DROPPED:
-            raise TrainingError(f"the gradient's norm is {norm} up to step {self.step + 1}; lower --lr and --resume")
+            raise TrainingError(f"the gradient's norm is {norm} up to step {self.step + 1}; {remedy}")
         if self.dropped:
             warnings.warn(f"the gradient's norm is {norm} at step {self.step + 1}; it is dropped", stacklevel=2)
             self.optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from a2k.checkpoint import write_atomically
+from a2k.checkpoint import WeightsError, write_atomically
 from a2k.convert import read_file
 from a2k.train_options import TrainingError
 
@@ -38,11 +38,16 @@ class StateFiles:
             old.unlink(missing_ok=True)
 
     def load(self, keys: set[str]) -> tuple[dict, Path]:
-        """The last state and its file. Raises TrainingError or WeightsError if it is damaged or lacks a key."""
-        path = self.all()[-1]
-        state = read_file(path, "state")
+        """The last state and its file. Raises TrainingError if it is damaged or lacks a key."""
+        *earlier, path = self.all()
+        remedy = "delete it to go on from the one before" if earlier else "delete it and leave out --resume"
+        try:
+            state = read_file(path, "state")
+        except WeightsError as error:
+            reason = str(error).rsplit("; get ", 1)[0]  # a state is nowhere to be got
+            raise TrainingError(f"{reason}; {remedy}") from None
         if not keys <= state.keys():
-            raise TrainingError(f"{path} is not the state of a training; delete it to go on from the one before")
+            raise TrainingError(f"{path} is not the state of a training; {remedy}")
         return state, path
 
 

@@ -440,6 +440,18 @@ def test_bad_state(capsys, command, tmp_path, state, message):
     assert files(tmp_path / "run") == [LAST_STATE]
 
 
+@pytest.mark.parametrize("state", (b"a text", [1], {"step": 3}, {1: Path}), ids=str)
+def test_a_bad_state_can_be_done_without(capsys, command, tmp_path, state):
+    path = tmp_path / "run" / LAST_STATE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
+    assert refusal(capsys, *command, "--resume").endswith("; delete it and leave out --resume\n")
+    path.with_name("step_00000002.pt").write_bytes(b"")
+    message = refusal(capsys, *command, "--resume")
+    assert message.endswith("; delete it to go on from the one before\n")
+    assert str(path) in message and "get" not in message.replace(str(tmp_path), "")
+
+
 def test_a_checkpoint_is_whole_or_the_earlier_one(options, monkeypatch):
     trainer = Trainer(options)
     trainer.run()
@@ -652,6 +664,14 @@ def test_a_loss_that_is_nan_stops_the_run(options):
     torch.testing.assert_close(tensors_of(options.output), before, rtol=0, atol=0)
 
 
+def test_a_loss_that_is_nan_before_the_first_state(options):
+    """There is nothing to resume."""
+    trainer = Trainer(options)
+    torch.nn.init.constant_(trainer.model.decoder.conv1_1.bias, float("nan"))
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; lower --lr$"):
+        trainer.run()
+
+
 def test_gradients_that_are_not_finite(options, monkeypatch):
     """Some are dropped, as of pictures of one colour; many in a row end the run."""
     clip, norms = torch.nn.utils.clip_grad_norm_, [float("inf"), float("nan"), None] + 10 * [float("inf")]
@@ -673,7 +693,7 @@ def test_gradients_that_are_not_finite(options, monkeypatch):
     assert any((x != y).any() for x, y in zip(parameters(), before, strict=True))
     with (
         pytest.warns(UserWarning, match="it is dropped"),
-        pytest.raises(TrainingError, match="norm is inf up to step 13; lower --lr and --resume"),
+        pytest.raises(TrainingError, match=r"norm is inf up to step 13; lower --lr$"),
     ):
         for _ in range(10):
             trainer.train_step(*batch)
