@@ -31,6 +31,7 @@ def add_train(commands) -> None:
         description="Train a StyA2K network on a folder of photos and a folder of paintings.",
         epilog=FOLDER,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # with_config_file must find its flag
     )
     parser.add_argument(
         "-c", "--config-file", metavar="F", help="YAML file of options, such as `batch_size: 4`; flags override it"

@@ -1,5 +1,6 @@
 """What a training run is told: `Recipe`, which differs between networks, and `TrainOptions`."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from a2k.schedules import SCHEDULES
@@ -103,6 +104,16 @@ class TrainOptions:
                 f"batch_size is {self.batch_size}; with crops of {min(self.crop)} and {max(self.crop)} it must be at "
                 f"least {least}, for one pair of the largest"
             )
+        if not self.checkpoint_minutes >= 0:
+            raise TrainingError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be at least 0")
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        if self.recipe.autoencode_steps < 0:
+            raise TrainingError(f"autoencode_steps is {self.recipe.autoencode_steps}; it must be at least 0")
+        for name, weight in asdict(self.recipe).items():
+            if name.endswith("_weight") and not 0 <= weight < math.inf:
+                raise TrainingError(f"{name} is {weight}; it must be at least 0 and finite")
         if not self.recipe.clip > 0:
             raise TrainingError(f"clip is {self.recipe.clip}; it must be above 0")
         if not 0 <= self.recipe.ema_decay < 1:

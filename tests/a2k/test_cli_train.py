@@ -80,3 +80,11 @@ def test_config_files_that_cannot_be_used(capsys, given, tmp_path, text, message
         path.write_text(text)
     assert message in refusal(capsys, "train", "-c", path)
     assert not given
+
+
+def test_flags_are_not_abbreviated(capsys, given, config):
+    """An abbreviated --config-file would be accepted, and no file read."""
+    with pytest.raises(SystemExit):
+        main(["train", "--content-dir", "c", "--style-dir", "s", "--perceptual", "p", "-o", "o", "--config-f", config])
+    assert "unrecognized arguments: --config-f" in capsys.readouterr().err
+    assert not given
