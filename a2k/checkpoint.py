@@ -19,6 +19,7 @@ from a2k.encoder import PERCEPTUAL_DEPTHS, Encoder
 from a2k.model import StyA2K, StyA2KConfig
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
+TEMPORARY = (".a2k-", ".tmp")  # around the random part of a file's name until it is whole
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 
@@ -34,7 +35,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".a2k-", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
         os.close(handle)
         write(temporary)
         with open(temporary, "rb") as file:

@@ -186,6 +186,7 @@ class Trainer:
     def _open_log(self) -> TrainLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.states.delete_halves()
             for kind, names in self.file_names.items():
                 write_json(names, list_file(self.folder, kind))
             write_json(self.options.flat(), self.folder / "options.json")

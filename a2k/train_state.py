@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from a2k.checkpoint import WeightsError, write_atomically
+from a2k.checkpoint import TEMPORARY, WeightsError, write_atomically
 from a2k.convert import read_file
 from a2k.train_options import TrainingError
 
@@ -22,6 +22,11 @@ class StateFiles:
     def all(self) -> list[Path]:
         """From the first to the last."""
         return sorted(self.folder.glob("step_*.pt"))
+
+    def delete_halves(self) -> None:
+        """What a run that was killed while it saved has left; no other run writes here."""
+        for half in self.folder.glob("*".join(TEMPORARY)):
+            half.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict) -> None:
         def write(temporary: str) -> None:

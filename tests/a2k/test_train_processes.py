@@ -26,6 +26,15 @@ from a2k.train_options import RECIPES, TrainOptions
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 24
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from a2k.train_state import StateFiles
+
+torch.save = lambda state, file: os.kill(os.getpid(), signal.SIGKILL)
+StateFiles(Path(sys.argv[1]), 3).save(1, {})
+"""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,17 @@ def test_a_killed_run_goes_on_bit_for_bit(options, whole_log):
     assert log_of(options.output) == whole_log, f"killed at step {killed_at}"
     assert killed_at < STEPS == len(whole_log)
     assert [entry["step"] for entry in whole_log if "validation_style" in entry] == list(range(4, STEPS + 1, 4))
+
+
+def test_half_a_state_is_deleted(options):
+    """What a run leaves that is killed while it saves; where it goes on, and where another begins."""
+    killed = [sys.executable, "-c", KILLED_IN_A_SAVE, options.output]
+    for flags in ((), ("--resume",)):
+        assert subprocess.run(killed, timeout=60).returncode == -signal.SIGKILL
+        assert any(name.startswith(".") for name in files(Path(options.output) / "states"))
+        process = complete(command(replace(options, steps=1), *flags))
+        assert process.returncode == 0, process.stderr
+        assert files(Path(options.output) / "states") == ["step_00000001.pt"]
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
