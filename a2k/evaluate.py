@@ -1,7 +1,7 @@
 """Scoring networks and folders of results on pairs of held-out photos and paintings (see `a2k evaluate --help`)."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -143,14 +143,16 @@ class Network:
 
 
 class Folder:
-    """Finds the results in a folder. Raises ImageError unless there is one for every pair."""
+    """Finds the results in a folder. Raises ImageError unless there is one, and only one, for every pair."""
 
     def __init__(self, folder: str | Path, pairs: list[tuple[Path, Path, Path]], size: int) -> None:
         self.size = size
-        self.files = {path.stem: path for path in find_images([folder])}
-        missing = [
-            name for photo, painting, _ in pairs if (name := result_stem(photo.stem, painting.stem)) not in self.files
-        ]
+        photos, paintings, _ = zip(*pairs, strict=True)
+        for sources in (photos, paintings):
+            by_stem(sources)
+        needed = [result_stem(photo.stem, painting.stem) for photo, painting, _ in pairs]
+        self.files = by_stem(path for path in find_images([folder]) if path.stem in needed)
+        missing = [name for name in needed if name not in self.files]
         if missing:
             raise ImageError(
                 f"{folder} lacks {len(missing)} of {len(pairs)} results, the first {missing[0]}.png; "
@@ -159,6 +161,16 @@ class Folder:
 
     def __call__(self, photo: Path, painting: Path) -> Tensor:
         return load_square(self.files[result_stem(photo.stem, painting.stem)], self.size)
+
+
+def by_stem(files: Iterable[Path]) -> dict[str, Path]:
+    """The files by their names without extension. Raises ImageError where two of one folder have the same."""
+    found: dict[str, Path] = {}
+    for file in files:
+        other = found.setdefault(file.stem, file)
+        if other != file:
+            raise ImageError(f"{other} and {file} differ only in their extension; move one to another folder")
+    return found
 
 
 class StyleMeasures(NamedTuple):

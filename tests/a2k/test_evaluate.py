@@ -276,6 +276,20 @@ def test_a_result_is_missing(folders, tmp_path):
         evaluate(*folders, "vgg", {}, results=[tmp_path / "out"], size=32)
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("twin", ("out/1_stylized_2", "content/1", "style/2"))
+def test_two_files_that_one_name_stands_for(folders, tmp_path, twin):
+    for photo, painting in np.ndindex(3, 3):
+        picture(tmp_path / f"out/{photo}_stylized_{painting}.png")
+    picture(tmp_path / "out/other.png")
+    picture(tmp_path / "out/other.jpg")
+    evaluate(*folders, "vgg", {}, results=[tmp_path / "out"], size=32)
+    picture(tmp_path / f"{twin}.jpg")
+    message = f"{tmp_path / twin}.jpg and {tmp_path / twin}.png differ only in their extension; move one"
+    with pytest.raises(ImageError, match=re.escape(message)):
+        evaluate(*folders, "vgg", {}, results=[tmp_path / "out"], size=32)
+
+
 # --- the sheet
 
 
