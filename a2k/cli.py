@@ -287,11 +287,12 @@ def add_evaluate(commands) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from a2k.allocator import keep_freed_tiles
-    from a2k.evaluate import evaluate
+    from a2k.evaluate import check_names, evaluate
     from a2k.images import write_image
     from a2k.stylize import StyleTransfer
 
     keep_freed_tiles()
+    check_names([*arguments.weights, *arguments.results])
     options = {"device": arguments.device, "dtype": arguments.dtype, "backend": arguments.backend}
     report, sheet = evaluate(
         arguments.content_dir,

@@ -96,8 +96,10 @@ def evaluate(
 
     Returns the report, and a sheet of some pairs: photo, painting and every result.
 
-    Raises ImageError or WeightsError if a folder or file cannot be used, ValueError for a number out of range.
+    Raises ImageError or WeightsError if a folder or file cannot be used, ValueError for a number out of range, and
+    where the report would call two rows the same.
     """
+    check_names([*networks, *map(str, results)])
     if pairs < 1 or size < MINIMUM:
         raise ValueError(f"pairs={pairs} and size={size}; they must be at least 1 and {MINIMUM}")
     encoder, kind = load_encoder(perceptual)
@@ -123,6 +125,16 @@ def evaluate(
         scores.append(Scores(name, **means, seconds_per_picture=seconds))
     report = Report(f"{kind} ({Path(perceptual).name})", len(chosen), size, scores)
     return report, comparison_sheet(["photo", "painting", *networks, *map(str, results)], rows)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError if rows of the report, which are known by their names, would have the same."""
+    names = [PHOTO, *names]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two rows would be called {name!r}; give it once, or write the path another way (./ before it)"
+            )
 
 
 class Network:

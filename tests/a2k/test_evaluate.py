@@ -290,6 +290,20 @@ def test_two_files_that_one_name_stands_for(folders, tmp_path, twin):
         evaluate(*folders, "vgg", {}, results=[tmp_path / "out"], size=32)
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ("stub", "photo unchanged"))
+def test_results_named_like_another_row(folders, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for photo, painting in np.ndindex(3, 3):
+        picture(tmp_path / name / f"{photo}_stylized_{painting}.png")
+    networks = {"stub": stub(lambda content, style: content)}
+    with pytest.raises(ValueError, match=f"two rows would be called {name!r}; give it once"):
+        evaluate(*folders, "vgg", networks, results=[name], size=32)
+    report, _ = evaluate(*folders, "vgg", networks, results=[f"./{name}"], size=32)
+    assert [scores.name for scores in report.scores] == ["photo unchanged", "stub", f"./{name}"]
+    assert report.scores[2].seconds_per_picture is None
+
+
 # --- the sheet
 
 
@@ -360,6 +374,8 @@ def test_several_networks(capsys, command, tiny_file, tmp_path):
         (("--style-dir", "none"), "none does not exist"),
         (("--device", "nonsense"), "device 'nonsense' cannot be used"),
         (("--results", "none"), "none does not exist"),
+        (("--weights", "a", "a"), "two rows would be called 'a'; give it once"),
+        (("--weights", "a", "--results", "a"), "two rows would be called 'a'; give it once"),
     ],
     ids=str,
 )
