@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -31,10 +32,10 @@ class StyleTransfer:
     """A network ready to redraw pictures.
 
     Args:
-        weights: name of a bundled model ("a2k-lite"), path of a checkpoint, or a StyA2K network.
+        weights: name of a bundled model ("a2k-lite"), path of a checkpoint, or a StyA2K network, which is copied.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "float32" (default), "float16" or "bfloat16", of the computation.
-        backend: of the attention operations, see `a2k_kernels`.
+        backend: of the attention operations, see `a2k_kernels`; None is automatic, or what a given network has.
         max_pixels: pictures larger than this are refused.
         max_memory: bytes that feature maps may take in memory; what does not fit goes to temporary files. By default
             what is free.
@@ -58,7 +59,8 @@ class StyleTransfer:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype)
         self.max_pixels = max_pixels
-        model = weights if isinstance(weights, StyA2K) else load_model(find_weights(weights), backend=backend)
+        given = isinstance(weights, StyA2K)
+        model = copy_model(weights, backend) if given else load_model(find_weights(weights), backend)
         self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last).eval()
         self._network = CompiledStyA2K(self.model) if compile else FusedStyA2K(self.model, max_memory)
 
@@ -161,6 +163,15 @@ def finish(out: Image.Image, photo: Image.Image, alpha: Image.Image | None, pres
     if alpha is not None:
         out.putalpha(alpha.resize(out.size, Image.Resampling.LANCZOS))
     return out
+
+
+def copy_model(model: StyA2K, backend: str | None) -> StyA2K:
+    """A network that shares nothing with the model, which may be in training; backend, if given, takes its place."""
+    model = deepcopy(model)
+    if backend is not None:
+        for module in (model.a2k3, model.a2k4, model.a2k5):
+            module.backend = backend
+    return model
 
 
 def choose_device(device: str) -> torch.device:

@@ -306,6 +306,25 @@ def test_backend(tiny_file):
         StyleTransfer(tiny_file, device="cpu", backend="nonsense").stylize(noise(), noise())
 
 
+def test_backend_of_a_given_network():
+    given = tiny_model(backend="reference")
+    assert StyleTransfer(given, device="cpu").model.a2k4.backend == "reference"
+    assert StyleTransfer(given, device="cpu", backend="torch").model.a2k4.backend == "torch"
+    assert given.a2k4.backend == "reference"
+    with pytest.raises(ValueError, match="backend is 'nonsense'; choose one of"):
+        StyleTransfer(given, device="cpu", backend="nonsense").stylize(noise(), noise())
+
+
+def test_a_given_network_stays_as_it_is(photo, painting):
+    given = tiny_model().train()
+    before = {name: x.clone() for name, x in given.state_dict().items()}
+    StyleTransfer(given, device="cpu", dtype="bfloat16").stylize(photo, painting)
+    assert given.training
+    assert given.decoder.merge.weight.is_contiguous()
+    for name, x in given.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0)
+
+
 def test_network_is_ready_for_inference(tiny_file):
     model = StyleTransfer(tiny_file).model
     assert not model.training
