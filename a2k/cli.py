@@ -21,6 +21,8 @@ WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, by default this program's. Returns the exit code: 0, or 2 with one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be one that its encoding lacks
     try:
         arguments = build_parser().parse_args(with_config_file(sys.argv[1:] if argv is None else argv))
         if argv is None and arguments.run is run_train:

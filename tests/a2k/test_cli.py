@@ -555,6 +555,17 @@ def test_a_pickle_given_to_the_process(tmp_path):
     assert files(tmp_path) == ["vgg.pth"]
 
 
+@pytest.mark.parametrize("encoding", ("utf-8:strict", "cp1252:strict"))
+def test_names_that_standard_output_cannot_encode(stylize, painting, tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    names = ("caf\udce9", "\u753b", "plain")
+    photos = [picture(tmp_path / "plain.png").rename(tmp_path / f"{name}.png") for name in names[:2]]
+    result = in_process(*stylize([*photos, picture(tmp_path / "plain.png")], painting, tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(b"\n") == 3
+    assert files(tmp_path / "out") == sorted(f"{name}_stylized_painting.png" for name in names)
+
+
 # --- the rest
 
 
