@@ -116,6 +116,7 @@ def run_stylize(arguments: argparse.Namespace) -> int:
 
     keep_freed_tiles()
     jobs = list(plan_pictures(arguments.content, arguments.style, arguments.output))
+    check_numbers(arguments)
     transfer = StyleTransfer(
         arguments.weights,
         device=arguments.device,
@@ -137,6 +138,17 @@ def run_stylize(arguments: argparse.Namespace) -> int:
         with tqdm.external_write_mode(file=lines):
             print(json.dumps(report) if arguments.json else describe(report), file=lines, flush=True)
     return USAGE_ERROR if failed else 0
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a number out of range, before the network is loaded and a picture computed."""
+    from a2k.images import check_quality, check_size
+    from a2k.stylize import check_strength
+
+    check_size(arguments.size)
+    check_size(arguments.style_size, "style_size")
+    check_strength(arguments.strength)
+    check_quality(arguments.quality)
 
 
 def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterator:
@@ -214,8 +226,11 @@ def describe(report: dict) -> str:
 
 
 def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator[tuple]:
-    """(photo, painting, target) for all pairs. Raises ImageError where names collide or inputs would be lost."""
-    from a2k.images import ImageError, find_images
+    """(photo, painting, target) for all pairs.
+
+    Raises ImageError where names collide, inputs would be lost, or a target's format is not known.
+    """
+    from a2k.images import ImageError, check_suffix, find_images
 
     def sources(paths: list[str]) -> list:
         return ["-"] * paths.count("-") + find_images(path for path in paths if path != "-")
@@ -243,6 +258,7 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
                 clash = " and ".join(f"{a} with {b}" for a, b in (targets[resolved], (photo, painting)))
                 raise ImageError(f"{clash} would both be written to {target}; rename one")
             targets[resolved] = photo, painting
+            check_suffix(target)
         yield photo, painting, target
 
 
@@ -290,10 +306,12 @@ def add_evaluate(commands) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     from a2k.allocator import keep_freed_tiles
     from a2k.evaluate import check_names, evaluate
-    from a2k.images import write_image
+    from a2k.images import check_suffix, write_image
     from a2k.stylize import StyleTransfer
 
     keep_freed_tiles()
+    if arguments.sheet:
+        check_suffix(arguments.sheet)
     check_names([*arguments.weights, *arguments.results])
     options = {"device": arguments.device, "dtype": arguments.dtype, "backend": arguments.backend}
     report, sheet = evaluate(

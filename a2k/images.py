@@ -132,10 +132,9 @@ def resize_short_side(image: Image.Image, size: int | None, name: str = "size") 
 
     Raises ValueError, which calls it `name`, if `size` is neither None nor a positive int.
     """
+    check_size(size, name)
     if size is None:
         return image
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{name} is {size!r}; give a whole number of pixels of at least 1, or None")
     short = min(image.size)
     width, height = (round(side * size / short) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
@@ -171,8 +170,7 @@ def write_image(
 
     Raises ImageError if the format is unknown or writing fails, ValueError if `quality` is out of range.
     """
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise ValueError(f"quality is {quality!r}; give a whole number from 1 to 100")
+    check_quality(quality)
     is_path = isinstance(target, (str, os.PathLike))
     name = target if is_path else getattr(target, "name", "the stream")
     encoder = _format_of(target if is_path else "", format, name)
@@ -189,6 +187,23 @@ def write_image(
         ) from error
     except Exception as error:  # Pillow's encoders raise errors of many kinds
         raise ImageError(f"cannot write {name}: {_reason(error)}; choose another path or format") from error
+
+
+def check_size(size: int | None, name: str = "size") -> None:
+    """Raises ValueError, which calls it `name`, if `size` is neither None nor a positive int."""
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"{name} is {size!r}; give a whole number of pixels of at least 1, or None")
+
+
+def check_quality(quality: int) -> None:
+    """Raises ValueError if `write_image` would not take that quality."""
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise ValueError(f"quality is {quality!r}; give a whole number from 1 to 100")
+
+
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raises ImageError if `write_image` knows no format for a file of that name."""
+    _format_of(path, None, path)
 
 
 def result_stem(photo: str, painting: str) -> str:

@@ -115,8 +115,7 @@ class StyleTransfer:
 
         Arguments, results and errors as for `stylize`. On a GPU small pictures are faster together.
         """
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}; it must be from 0 to 1")
+        check_strength(strength)
         if isinstance(style, Style) and (style_size is not None or style.network is not self._network):
             raise ValueError("style was encoded at its own size by one StyleTransfer; give that one no style_size")
         pictures = [read_image(content, max_pixels=self.max_pixels) for content in contents]
@@ -163,6 +162,12 @@ def finish(out: Image.Image, photo: Image.Image, alpha: Image.Image | None, pres
     if alpha is not None:
         out.putalpha(alpha.resize(out.size, Image.Resampling.LANCZOS))
     return out
+
+
+def check_strength(strength: float) -> None:
+    """Raises ValueError if `StyleTransfer.stylize` would not take that strength."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; it must be from 0 to 1")
 
 
 def copy_model(model: StyA2K, backend: str | None) -> StyA2K:

@@ -347,6 +347,23 @@ def test_options_out_of_range(capsys, tmp_path, stylize, photo, painting, option
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("out.jpgg", (), "format '.jpgg' is not known"),
+        ("out.png", ("--quality", 0), "quality is 0; give"),
+        ("out.png", ("--strength", 1.5), "strength is 1.5; it must"),
+        ("out.png", ("--size", 0), "size is 0; give"),
+        ("out.png", ("--style-size", 0), "style_size is 0; give"),
+    ],
+)
+def test_mistakes_are_told_before_the_network_is_loaded(
+    capsys, tmp_path, stylize, photo, painting, name, options, message
+):
+    command = stylize(photo, painting, tmp_path / name, "--weights", "no such weights", *options)
+    assert message in refusal(capsys, *command)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_device_cuda_without_a_gpu(capsys, tmp_path, stylize, photo, painting):
     message = refusal(capsys, *stylize(photo, painting, tmp_path / "out.png", "--device", "cuda"))

@@ -383,6 +383,11 @@ def test_what_cannot_be(capsys, command, options, message):
     assert message in refusal(capsys, *command, *options)
 
 
+def test_sheet_of_an_unknown_format(capsys, command, tmp_path):
+    message = refusal(capsys, *command, "--weights", "no such weights", "--sheet", tmp_path / "sheet.foo")
+    assert "sheet.foo: format '.foo' is not known; use .png" in message
+
+
 def test_network_in_place_of_the_vgg(capsys, command, tiny_file):
     assert "is not a VGG encoder file" in refusal(capsys, *command, "--perceptual", tiny_file)
 
