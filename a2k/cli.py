@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -239,11 +240,14 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
     pairs = [(photo, painting) for painting in paintings for photo in photos]  # so that a painting is encoded once
     if [*photos, *paintings].count("-") > 1:
         raise ImageError("- is given more than once; standard input holds one picture")
-    single = len(pairs) == 1 and (output == "-" or (Path(output).suffix and not Path(output).is_dir()))
+    is_folder = Path(output).is_dir() or output.endswith(("/", os.sep))
+    single = len(pairs) == 1 and (output == "-" or (Path(output).suffix and not is_folder))
     if output == "-" and not single:
         raise ImageError(f"-o - takes one picture but {len(pairs)} would be made; give a folder")
-    is_file = Path(output).exists() or Path(output).suffix.lower() in WRITABLE
+    is_file = Path(output).exists() or (Path(output).suffix.lower() in WRITABLE and not is_folder)
     if not single and is_file and not Path(output).is_dir():
+        if len(pairs) == 1:
+            raise ImageError(f"-o {output} is a file; give a folder, or a file name with a picture's extension")
         raise ImageError(f"-o {output} is a file but {len(pairs)} pictures would be made; give a folder")
 
     inputs = {Path(source).resolve() for source in (*photos, *paintings) if source != "-"}

@@ -488,6 +488,20 @@ def test_several_pictures_to_a_folder_with_a_dot(capsys, tmp_path, stylize, phot
         assert len(files(tmp_path / name)) == 2
 
 
+def test_a_trailing_slash_means_a_folder(capsys, tmp_path, stylize, photo, painting):
+    for photos, name in ((photo, "results.v2"), ([photo, painting], "out.png")):
+        succeed(capsys, *stylize(photos, painting, f"{tmp_path / name}/"))
+        assert "photo_stylized_painting.png" in files(tmp_path / name)
+
+
+@pytest.mark.parametrize("end", ("", "/"))
+def test_one_picture_to_an_existing_file_without_suffix(capsys, tmp_path, stylize, photo, painting, end):
+    (tmp_path / "result").write_text("earlier")
+    message = refusal(capsys, *stylize(photo, painting, f"{tmp_path / 'result'}{end}"))
+    assert f"{tmp_path / 'result'}{end} is a file; give a folder, or a file name with a picture's extension" in message
+    assert (tmp_path / "result").read_text() == "earlier"
+
+
 def test_names_that_collide(capsys, tmp_path, stylize, photo, painting):
     twin = picture(tmp_path / "other" / "painting.jpg")
     message = refusal(capsys, *stylize(photo, [painting, twin], tmp_path / "out"))
