@@ -74,8 +74,9 @@ def add_stylize(commands) -> None:
         help="redraw photos in the manner of paintings",
         description="Redraw every photo in the manner of every painting.",
     )
-    parser.add_argument("--content", nargs="+", required=True, metavar="PHOTO", help="files or folders; - is stdin")
-    parser.add_argument("--style", nargs="+", required=True, metavar="PAINTING", help="files or folders; - is stdin")
+    several = {"nargs": "+", "action": "extend", "required": True, "help": "files or folders; - is stdin"}
+    parser.add_argument("--content", metavar="PHOTO", **several)
+    parser.add_argument("--style", metavar="PAINTING", **several)
     parser.add_argument(
         "-o",
         "--output",
@@ -288,12 +289,11 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--content-dir", required=True, metavar="D", help="folder of photos")
     parser.add_argument("--style-dir", required=True, metavar="D", help="folder of paintings")
     parser.add_argument("--perceptual", required=True, metavar="F", help="VGG encoder file")
-    parser.add_argument(
-        "--weights", nargs="*", default=["a2k-lite"], metavar="W", help="bundled models or files (a2k-lite)"
-    )
+    parser.add_argument("--weights", nargs="*", action="extend", metavar="W", help="bundled models or files (a2k-lite)")
     parser.add_argument(
         "--results",
         nargs="+",
+        action="extend",
         default=[],
         metavar="D",
         help="folders of results, named as stylize names them: {photo}_stylized_{painting}, any extension",
@@ -316,13 +316,14 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     keep_freed_tiles()
     if arguments.sheet:
         check_suffix(arguments.sheet)
-    check_names([*arguments.weights, *arguments.results])
+    networks = ["a2k-lite"] if arguments.weights is None else arguments.weights
+    check_names([*networks, *arguments.results])
     options = {"device": arguments.device, "dtype": arguments.dtype, "backend": arguments.backend}
     report, sheet = evaluate(
         arguments.content_dir,
         arguments.style_dir,
         arguments.perceptual,
-        {weights: StyleTransfer(weights, **options) for weights in arguments.weights},
+        {weights: StyleTransfer(weights, **options) for weights in networks},
         results=arguments.results,
         size=arguments.size,
         pairs=arguments.pairs,

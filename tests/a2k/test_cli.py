@@ -82,6 +82,11 @@ def test_all_pairs(capsys, tmp_path, stylize, painting):
     assert Image.open(tmp_path / "out" / expected[0]).format == "JPEG"
 
 
+def test_repeated_options_add_up(capsys, tmp_path, stylize, photo, painting):
+    more = ("--content", painting, "--style", photo)
+    assert len(succeed(capsys, *stylize(photo, painting, tmp_path / "out", *more)).splitlines()) == 4
+
+
 def test_a_painting_is_encoded_once(capsys, tmp_path, stylize, painting, monkeypatch):
     encoded, encode_style = [], StyleTransfer.encode_style
 

@@ -353,7 +353,7 @@ def test_json_and_sheet(capsys, command, tiny_file, tmp_path):
 
 def test_several_networks(capsys, command, tiny_file, tmp_path):
     save_model(tiny_model(seed=1), tmp_path / "other.safetensors")
-    options = ("--weights", tiny_file, tmp_path / "other.safetensors", "--json", "--pairs", 2)
+    options = ("--weights", tmp_path / "other.safetensors", "--json", "--pairs", 2)
     assert main([str(x) for x in (*command, *options)]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert [x["name"] for x in scores[1:]] == [str(tiny_file), str(tmp_path / "other.safetensors")]
@@ -386,6 +386,16 @@ def test_what_cannot_be(capsys, command, options, message):
 def test_sheet_of_an_unknown_format(capsys, command, tmp_path):
     message = refusal(capsys, *command, "--weights", "no such weights", "--sheet", tmp_path / "sheet.foo")
     assert "sheet.foo: format '.foo' is not known; use .png" in message
+
+
+def test_repeated_results_add_up(capsys, command):
+    assert "two rows would be called 'a'" in refusal(capsys, *command, "--results", "a", "--results", "b", "a")
+
+
+def test_the_network_where_none_is_named(capsys, command):
+    command = [x for x in command if x != "--weights" and not str(x).endswith("tiny.safetensors")]
+    assert "two rows would be called 'a2k-lite'" in refusal(capsys, *command, "--results", "a2k-lite")
+    assert "a2k-lite does not exist" in refusal(capsys, *command, "--weights", "--results", "a2k-lite")
 
 
 def test_network_in_place_of_the_vgg(capsys, command, tiny_file):
