@@ -242,6 +242,9 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
     if [*photos, *paintings].count("-") > 1:
         raise ImageError("- is given more than once; standard input holds one picture")
     is_folder = Path(output).is_dir() or output.endswith(("/", os.sep))
+    for paths, stream, name in (([*photos, *paintings], sys.stdin, "input"), ([output], sys.stdout, "output")):
+        if "-" in paths and stream is None:
+            raise ImageError(f"- is standard {name}, which is closed; give a file")
     single = len(pairs) == 1 and (output == "-" or (Path(output).suffix and not is_folder))
     if output == "-" and not single:
         raise ImageError(f"-o - takes one picture but {len(pairs)} would be made; give a folder")

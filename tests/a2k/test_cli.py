@@ -547,6 +547,15 @@ def test_standard_input_for_several_pictures(capsys, tmp_path, stylize, photo, p
     assert out.tobytes() == Image.open(tmp_path / "expected.png").tobytes()
 
 
+@pytest.mark.parametrize("name", ("stdin", "stdout"))
+def test_closed_streams(capsys, tmp_path, stylize, photo, painting, monkeypatch, name):
+    photo, out = ("-", tmp_path / "out.png") if name == "stdin" else (photo, "-")
+    monkeypatch.setattr(sys, name, None)  # as Python does where it is closed
+    assert main([str(x) for x in stylize(photo, painting, out, "--weights", "no such weights")]) == 2
+    message = f"{TITLE}- is standard {name[3:]}put, which is closed; give a file\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(("data", "message"), [(b"", "it is empty"), (b"no picture", "not a picture")])
 def test_bad_standard_input(capsys, tmp_path, stylize, painting, stdin, data, message):
     stdin(data)
