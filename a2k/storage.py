@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MARGIN = 1 << 30  # bytes left free for tiles and bands
+GUESSED_MEMORY = 4 << 30  # bytes free on a host that does not tell (Windows)
 
 
 class Storage:
@@ -51,7 +52,10 @@ def map_file(elements: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor whose bytes are in a temporary file that goes when the tensor goes."""
     with tempfile.NamedTemporaryFile(prefix="a2k-") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)
+            else:  # macOS, Windows: a full disk is not found out here
+                file.truncate(elements * dtype.itemsize)
         except OSError as error:
             raise MemoryError(
                 f"a feature map of {elements * dtype.itemsize / 1e9:.1f} GB fits neither in memory nor in "
@@ -62,11 +66,13 @@ def map_file(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device without swapping."""
+    """Bytes that can be had on a device without swapping: half the host's memory where the system tells no better."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
+    if not hasattr(os, "sysconf"):
+        return GUESSED_MEMORY
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

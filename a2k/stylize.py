@@ -185,6 +185,8 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise ValueError("only cpu and cuda are supported")
         torch.empty(1, device=chosen).cpu()
     except Exception as error:  # PyTorch raises errors of many kinds, some of a thousand words
         reason = str(error).splitlines()[0].split(". ")[0]

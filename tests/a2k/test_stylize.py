@@ -292,6 +292,12 @@ def test_devices_that_cannot_be_had(device):
     assert len(message) < 400
 
 
+@pytest.mark.parametrize("device", ("mps", "meta"))
+def test_other_devices(device):
+    with pytest.raises(ValueError, match="only cpu and cuda are supported"):
+        choose_device(device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu():
     assert choose_device("auto") == torch.device("cpu")
