@@ -1,6 +1,8 @@
 """Reading, writing and colour of pictures: files and arrays in, sRGB pictures and tensors out."""
 
 import io
+import math
+import operator
 import os
 import secrets
 import shutil
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, SupportsIndex
 
 import numpy as np
 import torch
@@ -132,7 +134,7 @@ def resize_short_side(image: Image.Image, size: int | None, name: str = "size") 
 
     Raises ValueError, which calls it `name`, if `size` is neither None nor a positive int.
     """
-    check_size(size, name)
+    size = check_size(size, name)
     if size is None:
         return image
     short = min(image.size)
@@ -170,7 +172,7 @@ def write_image(
 
     Raises ImageError if the format is unknown or writing fails, ValueError if `quality` is out of range.
     """
-    check_quality(quality)
+    quality = check_quality(quality)
     is_path = isinstance(target, (str, os.PathLike))
     name = target if is_path else getattr(target, "name", "the stream")
     encoder = _format_of(target if is_path else "", format, name)
@@ -189,16 +191,25 @@ def write_image(
         raise ImageError(f"cannot write {name}: {_reason(error)}; choose another path or format") from error
 
 
-def check_size(size: int | None, name: str = "size") -> None:
-    """Raises ValueError, which calls it `name`, if `size` is neither None nor a positive int."""
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise ValueError(f"{name} is {size!r}; give a whole number of pixels of at least 1, or None")
+def whole_number(value: SupportsIndex, name: str, remedy: str, highest: float = math.inf) -> int:
+    """The value, of whatever type of whole numbers, as an int. Raises ValueError unless it is from 1 to `highest`."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= highest:
+        raise ValueError(f"{name} is {value!r}; give a whole number {remedy}")
+    return number
 
 
-def check_quality(quality: int) -> None:
-    """Raises ValueError if `write_image` would not take that quality."""
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise ValueError(f"quality is {quality!r}; give a whole number from 1 to 100")
+def check_size(size: SupportsIndex | None, name: str = "size") -> int | None:
+    """The size as an int. Raises ValueError, which calls it `name`, if it is neither None nor a positive int."""
+    return None if size is None else whole_number(size, name, "of pixels of at least 1, or None")
+
+
+def check_quality(quality: SupportsIndex) -> int:
+    """The quality as an int. Raises ValueError if `write_image` would not take it."""
+    return whole_number(quality, "quality", "from 1 to 100", highest=100)
 
 
 def check_suffix(path: str | os.PathLike) -> None:

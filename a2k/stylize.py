@@ -1,5 +1,6 @@
 """Redrawing pictures with a trained network: files, PIL images or arrays in, PIL images out."""
 
+import math
 import os
 from collections.abc import Sequence
 from copy import deepcopy
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from a2k.checkpoint import find_weights, load_model
-from a2k.images import MAX_PIXELS, ImageError, Picture, read_image, resize_short_side, transfer_color
+from a2k.images import MAX_PIXELS, ImageError, Picture, check_size, read_image, resize_short_side, transfer_color
 from a2k.inference import CompiledStyA2K, FusedStyA2K
 from a2k.model import StyA2K
 
@@ -34,7 +35,7 @@ class StyleTransfer:
     Args:
         weights: name of a bundled model ("a2k-lite"), path of a checkpoint, or a StyA2K network, which is copied.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: "float32" (default), "float16" or "bfloat16", of the computation.
+        dtype: "float32" (default), "float16" or "bfloat16", of the computation; torch's own too.
         backend: of the attention operations, see `a2k_kernels`; None is automatic, or what a given network has.
         max_pixels: pictures larger than this are refused.
         max_memory: bytes that feature maps may take in memory; what does not fit goes to temporary files. By default
@@ -43,14 +44,14 @@ class StyleTransfer:
             picture must fit into memory as a whole.
 
     Raises:
-        WeightsError: the weights are missing or damaged. ValueError: device or dtype cannot be had.
+        WeightsError: the weights are missing or damaged. ValueError: device, dtype or limit cannot be had.
     """
 
     def __init__(
         self,
         weights: str | os.PathLike | StyA2K = "a2k-lite",
         device: str = "auto",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         backend: str | None = None,
         max_pixels: int = MAX_PIXELS,
         max_memory: int | None = None,
@@ -58,6 +59,10 @@ class StyleTransfer:
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype)
+        if not in_range(max_pixels, math.inf):
+            raise ValueError(f"max_pixels is {max_pixels!r}; give a number of at least 0")
+        if max_memory is not None and not in_range(max_memory, math.inf):
+            raise ValueError(f"max_memory is {max_memory!r}; give a number of bytes of at least 0, or None")
         self.max_pixels = max_pixels
         given = isinstance(weights, StyA2K)
         model = copy_model(weights, backend) if given else load_model(find_weights(weights), backend)
@@ -135,7 +140,8 @@ class StyleTransfer:
         ]
 
     def _resize(self, image: Image.Image, size: int | None, name: str) -> Image.Image:
-        if isinstance(size, int) and size > 0:
+        size = check_size(size, name)
+        if size is not None:
             width, height = (side * size / min(image.size) for side in image.size)
             if width * height > self.max_pixels:
                 raise ImageError(
@@ -166,8 +172,16 @@ def finish(out: Image.Image, photo: Image.Image, alpha: Image.Image | None, pres
 
 def check_strength(strength: float) -> None:
     """Raises ValueError if `StyleTransfer.stylize` would not take that strength."""
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}; it must be from 0 to 1")
+    if not in_range(strength, 1):
+        raise ValueError(f"strength is {strength!r}; it must be from 0 to 1, as a number")
+
+
+def in_range(value: object, highest: float) -> bool:
+    """Whether it is a number from 0 to `highest`."""
+    try:
+        return bool(0 <= value <= highest)
+    except TypeError:
+        return False
 
 
 def copy_model(model: StyA2K, backend: str | None) -> StyA2K:
@@ -194,7 +208,8 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | None) -> torch.dtype:
-    if dtype is not None and dtype not in DTYPES:
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    return getattr(torch, dtype or "float32")
+    return getattr(torch, name)

@@ -22,6 +22,7 @@ from a2k.images import (
     to_pil,
     to_tensor,
     transfer_color,
+    whole_number,
     write_image,
 )
 
@@ -727,6 +728,13 @@ def test_resize_refuses_other_sizes(size):
     with pytest.raises(ValueError) as caught:
         resize_short_side(Image.new("RGB", (4, 4)), size)
     one_line(caught, repr(size), "give a whole number")
+
+
+def test_whole_numbers():
+    assert whole_number(np.int64(7), "n", "") == 7
+    for value in (True, 1.0, "1", None, 0, 11):
+        with pytest.raises(ValueError, match=f"^n is {value!r}; give a whole number up to 10$"):
+            whole_number(value, "n", "up to 10", highest=10)
 
 
 def test_transfer_color_takes_luminance_and_chroma(rng):

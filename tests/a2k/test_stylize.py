@@ -258,6 +258,34 @@ def test_max_pixels(tmp_path, painting):
             transfer.stylize(noise(20, 20), noise(20, 20), **{name: 60})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("max_memory", "2G", "a number of bytes of at least 0, or None"),
+        ("max_memory", -1, "a number of bytes of at least 0, or None"),
+        ("max_pixels", "100", "a number of at least 0"),
+        ("max_pixels", None, "a number of at least 0"),
+    ],
+)
+def test_limits_that_are_none(name, value, remedy):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}; give {remedy}$"):
+        StyleTransfer("no such weights", **{name: value})
+
+
+@pytest.mark.parametrize("strength", ("0.5", None))
+def test_strengths_that_are_no_numbers(transfer, strength):
+    with pytest.raises(ValueError, match=f"^strength is {strength!r}; it must be from 0 to 1, as a number$"):
+        transfer.stylize(noise(), noise(), strength=strength)
+
+
+def test_numbers_and_dtypes_of_other_libraries(transfer):
+    out = transfer.stylize(noise(), noise(), size=np.int64(20), style_size=np.uint8(33), strength=np.float32(0.5))
+    assert out.tobytes() == transfer.stylize(noise(), noise(), size=20, style_size=33, strength=0.5).tobytes()
+    assert choose_dtype(torch.bfloat16) == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; choose one of float32"):
+        choose_dtype(torch.int8)
+
+
 def test_a_long_picture_is_not_blown_up(transfer):
     with pytest.raises(ImageError, match="size=400 makes a picture of 480000000 pixels"):
         transfer.stylize(noise(1, 3000), noise(), size=400)
