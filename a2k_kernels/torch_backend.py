@@ -74,6 +74,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, exists: Ten
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x, copied unless its last dimension has stride 1: else PyTorch's attention is not fused and holds all scores."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def infers_on_cpu(*maps: Tensor) -> bool:
     """Whether maps are on a processor, and no graph for gradients or a compiler is recorded and nothing is cast."""
     is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
@@ -133,18 +138,20 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
     B, _, _, W = query.shape
     # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
     fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64
+    streamed = fused and query.dtype != torch.float16  # it never holds all scores, so it needs no bands
 
     def attend(band: Tensor, _top: int) -> Tensor:
         q = band.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, rows * W, d)
         if fused:
-            out = F.scaled_dot_product_attention(*(OnceDifferentiable.apply(x) for x in (q, k_agg, v_agg)), scale=scale)
+            inputs = (unit_stride(x) if streamed else x for x in (q, k_agg, v_agg))
+            out = F.scaled_dot_product_attention(*(OnceDifferentiable.apply(x) for x in inputs), scale=scale)
         else:
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
     if query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg):
         return attend_in_cache(query, k_agg, v_agg, scale)
-    if fused and query.stride(1) == 1 and query.dtype != torch.float16:  # here PyTorch streams the scores itself
+    if streamed:
         return attend(query, 0)
     scores_per_row = B * num_heads * W * k_agg.shape[2]
     return in_bands(attend, query, max(1, BAND_ELEMENTS // max(1, scores_per_row)))

@@ -138,6 +138,25 @@ def test_distributed_attention_never_holds_all_scores(backend, d_v, monkeypatch)
         assert largest.elements <= max(largest_map, 128 * 24 * 24)
 
 
+@pytest.mark.parametrize("seed", fresh_seeds(2), ids="seed{}".format)
+@pytest.mark.parametrize("heads, d", [(1, 1), (1, 4), (2, 1), (2, 3)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_attention_holds_no_scores_in_any_layout(layout, heads, d, seed, monkeypatch):
+    """PyTorch streams them, so nothing larger than a map is made even where a band takes the whole map."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", 1 << 40)
+    geometry = {"batch": 2, "heads": heads, "block_size": 1, "d_k": d, "d_v": d}
+    sizes = {"query_size": (14, 15), "key_size": (9, 7)}
+    case = make_case("distributed_attention", **geometry, **sizes, layouts=(layout,) * 3, seed=seed)
+    query, key, value = (case.tensors[name] for name in ("query", "key", "value"))
+    k, v = (x.flatten(2).unflatten(1, (heads, d)).mT for x in (key, value))  # strides as they come
+    for run in (lambda: case.run("torch")[0], lambda: a2k_kernels.attend_aggregates(query, k, v, backend="torch")):
+        with LargestTensor() as largest:
+            run().square().sum().backward()
+        assert largest.elements <= query.numel()
+    assert_same_results(case)
+
+
 @pytest.mark.parametrize("operation", ["distributed_attention", "block_attention"])
 def test_training_saves_no_scores(operation, monkeypatch):
     """With several bands the graph keeps maps and blocks, and recomputes the scores of a band when it needs them."""
