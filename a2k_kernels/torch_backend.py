@@ -50,7 +50,8 @@ def in_bands(function: Callable, query: Tensor, band_rows: int) -> Tensor:
     height = query.shape[2]
     if band_rows >= height:
         return function(query, 0)
-    bands = [(query[:, :, top : top + band_rows], top) for top in range(0, height, band_rows)]
+    # The gradient of split is one copy; each slice's would be a map of the query's size, zero but for its band.
+    bands = list(zip(query.split(band_rows, 2), range(0, height, band_rows), strict=True))
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(function, *band, use_reentrant=False) for band in bands], 2)
     return torch.cat([function(*band) for band in bands], 2)

@@ -9,6 +9,7 @@ from cases import (
     DIFFERENTIABLE,
     LAYOUTS,
     OPERATIONS,
+    WITH_MAP_OUTPUT,
     Case,
     arrange,
     assert_matches,
@@ -112,14 +113,19 @@ def test_second_derivative_of_fused_attention_raises(differentiated, layout):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation makes (a view counts as its own elements)."""
+    """Records the sizes of the tensors that operations make, and the largest (a view counts as its own elements)."""
 
     elements = 0
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         self.elements = max(self.elements, *made, 0)
+        self.made += made
         return out
 
 
@@ -186,6 +192,18 @@ def test_block_attention_works_in_bands(operation, monkeypatch):
     with LargestTensor() as largest:
         case.run("torch")[0].sum().backward()
     assert largest.elements <= 8 * 64 * 64  # scores of one of eight rows of blocks; all are 2 * 64 * 64 * 64
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("operation", WITH_MAP_OUTPUT)
+def test_bands_make_no_map_each_in_the_backward_pass(operation, seed, monkeypatch):
+    monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", 1)  # sixteen bands or more
+    sizes = {"query_size": (64, 64), "key_size": (8, 8)}
+    case = make_case(operation, heads=1, d_k=4, d_v=6, **sizes, seed=seed)
+    loss = case.run("torch")[0].square().sum()
+    with LargestTensor() as largest:
+        loss.backward()
+    assert sum(size >= case.tensors["query"].numel() for size in largest.made) < 16
 
 
 def test_progressive_attention_without_gradients_works_in_bands(monkeypatch):
