@@ -16,12 +16,15 @@ from cases import (
     Case,
     arrange,
     assert_matches,
+    assert_near,
     format_of,
+    fresh_seeds,
     make_case,
 )
+from torch.autograd import forward_ad
 
 import a2k_kernels
-from a2k_kernels import api, reference, torch_backend
+from a2k_kernels import api, products, reference, torch_backend
 
 BACKENDS = ("torch", "reference")
 HALF = (torch.float16, torch.bfloat16)
@@ -660,3 +663,26 @@ def test_index_is_not_differentiable(backend):
     out, index = make_case("progressive_attention").run(backend)
     assert out.requires_grad
     assert not index.requires_grad
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(2), ids="seed{}".format)
+@pytest.mark.parametrize("operation", WITH_MAP_OUTPUT)
+def test_forward_mode_derivatives_equal_reference(operation, seed, monkeypatch):
+    """With respect to every map, by torch.func.jvp and by dual tensors, where products are left to oneDNN."""
+    monkeypatch.setattr(products, "LEAST_FLOPS", 0)
+    case = make_case(operation, d_k=4, d_v=4, seed=seed)
+    maps = {name: x.detach() for name, x in case.tensors.items() if name in ("query", "key", "value")}
+    others = {name: x.detach() for name, x in case.tensors.items() if name not in maps}
+    torch.manual_seed(seed)
+    tangents = {name: torch.randn_like(x) for name, x in maps.items()}
+
+    def derivative(backend):
+        return torch.func.jvp(lambda x: case.run(backend, **others, **x)[0], (maps,), (tangents,))[1]
+
+    expected = derivative("reference")
+    assert expected.abs().max() > 0.1
+    assert_near(derivative("torch"), expected, 1e-4, "jvp")
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(x, tangents[name]) for name, x in maps.items()}
+        out = forward_ad.unpack_dual(case.run("torch", **others, **dual)[0])
+        assert_near(out.tangent, expected, 1e-4, "dual")
