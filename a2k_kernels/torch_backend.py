@@ -215,7 +215,7 @@ def match_and_attend(query, key, value, *, block_size, num_heads, scale):
     row_elements = B * cols * (points * (points + 2 * d + d_v) + key_blocks[0] * key_blocks[1])  # of one head
     most = min(BAND_ELEMENTS, CACHE_ELEMENTS)
     out = query.new_empty(B, H, W, num_heads * d_v).permute(0, 3, 1, 2)
-    index = torch.empty(B, num_heads, rows, cols, dtype=torch.int32)
+    index = torch.empty(B, num_heads, rows, cols, dtype=torch.int32, device=query.device)
     for first, count in head_groups(num_heads, rows * row_elements, most):
         heads = slice(first, first + count)
         k, v = (group_blocks(x, block_size, num_heads, first, count) for x in (key, value))

@@ -686,3 +686,18 @@ def test_forward_mode_derivatives_equal_reference(operation, seed, monkeypatch):
         dual = {name: forward_ad.make_dual(x, tangents[name]) for name, x in maps.items()}
         out = forward_ad.unpack_dual(case.run("torch", **others, **dual)[0])
         assert_near(out.tangent, expected, 1e-4, "dual")
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_default_device_does_not_matter(backend, operation, seed):
+    case = make_case(operation, seed=seed)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            expected = case.run(backend)
+            with torch.device("meta"):
+                actual = case.run(backend)
+        for x, y in zip(actual, expected, strict=True):
+            assert x.device.type == "cpu"
+            assert x.equal(y)
