@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import BinaryIO, SupportsIndex
 
@@ -340,7 +339,7 @@ def fill_hidden(rgb: Image.Image, alpha: Image.Image) -> Image.Image:
     least, most = alpha.getextrema()
     if least > 0 or most == 0:
         return rgb
-    factor = ceil(max(rgb.size) / FILLED_SIDE)
+    factor = math.ceil(max(rgb.size) / FILLED_SIDE)
     channels = [*(ImageChops.multiply(channel, alpha) for channel in rgb.split()), alpha]
     small = [torch.from_numpy(np.array(channel.convert("F").reduce(factor))) for channel in channels]
     colors, weight = torch.stack(small)[None].split((3, 1), 1)
