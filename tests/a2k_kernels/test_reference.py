@@ -144,19 +144,23 @@ def test_nan_in_block_attention_reaches_only_the_points_that_use_it(backend, nam
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("d_v", [3, 5])
-def test_nan_propagates_through_distributed_attention(backend, d_v):
-    case = make_case("distributed_attention", d_v=d_v)
-    case.tensors["query"].detach()[0, 4, 2, 3] = float("nan")  # second head
-    (out,) = case.run(backend)
-    expected = torch.zeros(out.shape, dtype=torch.bool)
-    expected[0, d_v:, 2, 3] = True
-    assert out.isnan().equal(expected)
-    case = make_case("distributed_attention", d_v=d_v)
-    case.tensors["key"].detach()[1, 0, 0, 0] = float("nan")  # first head
-    (out,) = case.run(backend)
-    assert out[1, :d_v].isnan().all()
-    assert not out[0].isnan().any()
-    assert not out[1, d_v:].isnan().any()
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nan_propagates_through_distributed_attention(layout, backend, d_v):
+    layouts = {"layouts": (layout,) * 3, "d_v": d_v}
+    for what in (float("nan"), float("inf")):
+        case = make_case("distributed_attention", **layouts)
+        case.tensors["query"].detach()[0, 4, 2, 3] = what  # second head
+        (out,) = case.run(backend)
+        expected = torch.zeros(out.shape, dtype=torch.bool)
+        expected[0, d_v:, 2, 3] = True
+        assert out.isnan().equal(expected)
+    for points in (1, 9):  # of one block, and of all
+        case = make_case("distributed_attention", **layouts)
+        case.tensors["key"].detach()[1, 0, :points, :points] = float("nan")  # first head
+        (out,) = case.run(backend)
+        assert out[1, :d_v].isnan().all()
+        assert not out[0].isnan().any()
+        assert not out[1, d_v:].isnan().any()
 
 
 def test_unknown_blocks_attend_to_nothing():
