@@ -36,7 +36,8 @@ def block_aggregate(
     Args:
         key: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
         value: (B, C_v, H, W), same dtype and device.
-        block_size: side of a block in points; blocks at the right and bottom border may be cut.
+        block_size: side of a block in points; blocks at the right and bottom border may be cut. A size beyond the
+            maps' sides makes one block of each map.
         num_heads: number of groups that C and C_v are split into.
         alpha, beta: float or tensor of shape () or (1,), shared by all heads.
         backend: "triton", "torch", "reference" or None (the A2K_BACKEND variable, else automatic).
@@ -52,7 +53,7 @@ def block_aggregate(
     check_same_size(key, value)
     key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (key, value))
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
-    blocks = {"block_size": block_size, "num_heads": num_heads}
+    blocks = {"block_size": smallest_size(block_size, key), "num_heads": num_heads}
     with no_autocast(key):
         return backend_for(backend, key, value, **blocks).block_aggregate(key, value, alpha, beta, **blocks)
 
@@ -91,7 +92,7 @@ def distributed_attention(
     memory_format = output_format(query)
     query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
-    blocks = {"block_size": block_size, "num_heads": num_heads}
+    blocks = {"block_size": smallest_size(block_size, key), "num_heads": num_heads}
     with no_autocast(query):
         run = backend_for(backend, query, key, value, **blocks).distributed_attention
         out = run(query, key, value, alpha, beta, scale=real("scale", scale), **blocks)
@@ -147,7 +148,7 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     """
     check_maps(block_size, num_heads, query=query, key=key)
     check_same_channels(query, key)
-    blocks = {"block_size": block_size, "num_heads": num_heads}
+    blocks = {"block_size": smallest_size(block_size, query, key), "num_heads": num_heads}
     with torch.no_grad(), no_autocast(query):
         return backend_for(backend, query, key, **blocks).block_match(query, key, **blocks)
 
@@ -188,7 +189,7 @@ def block_attention(
     check_index(index, query, key, block_size, num_heads)
     memory_format = output_format(query)
     query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
-    blocks = {"block_size": block_size, "num_heads": num_heads}
+    blocks = {"block_size": smallest_size(block_size, query, key), "num_heads": num_heads}
     with no_autocast(query):
         run = backend_for(backend, query, key, value, **blocks).block_attention
         out = run(query, key, value, index, scale=real("scale", scale), **blocks)
@@ -214,7 +215,7 @@ def progressive_attention(
     check_maps(block_size, num_heads, query=query, key=key, value=value)
     check_same_size(key, value)
     check_same_channels(query, key)
-    blocks = {"block_size": block_size, "num_heads": num_heads}
+    blocks = {"block_size": smallest_size(block_size, query, key), "num_heads": num_heads}
     run = backend_for(backend, query, key, value, **blocks)
     if run is torch_backend and torch_backend.infers_on_cpu(query, key, value):
         out, index = torch_backend.match_and_attend(query, key, value, scale=real("scale", scale), **blocks)
@@ -297,6 +298,11 @@ def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
             )
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+
+
+def smallest_size(block_size: int, *maps: Tensor) -> int:
+    """The smallest size of blocks with the same points in them: a larger one than the maps costs time and memory."""
+    return min(block_size, max(side for x in maps for side in x.shape[-2:]))
 
 
 def check_same_size(key: Tensor, value: Tensor) -> None:

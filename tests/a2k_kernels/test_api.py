@@ -244,7 +244,7 @@ def test_unknown_backend(operation, monkeypatch):
 
 OBSTACLES = [
     ({"dtype": torch.float64}, r"its kernels do not compute in float64"),
-    ({"block_size": 17}, r"block_size is 17, over its 16"),
+    ({"block_size": 17, "query_size": (3, 17), "key_size": (17, 5)}, r"block_size is 17, over its 16"),
     ({"d_k": 257, "d_v": 257}, r"a head has 257 channels, over its 256"),
 ]
 
@@ -701,3 +701,19 @@ def test_default_device_does_not_matter(backend, operation, seed):
         for x, y in zip(actual, expected, strict=True):
             assert x.device.type == "cpu"
             assert x.equal(y)
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(2), ids="seed{}".format)
+@pytest.mark.parametrize("sizes", [((7, 10), (9, 6)), ((3, 2), (5, 11)), ((1, 1), (1, 1)), ((1, 12), (4, 4))], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_larger_than_the_maps_cost_nothing(backend, operation, sizes, seed):
+    """The result is that of blocks just as large as the maps; those asked for would not fit the memory."""
+    case = make_case(operation, query_size=sizes[0], key_size=sizes[1], block_size=12, seed=seed)
+    expected = case.run(backend)
+    case.options["block_size"] = 1 << 40
+    for x, y in zip(case.run(backend), expected, strict=True):
+        torch.testing.assert_close(x, y)
+    with torch.no_grad():
+        for x, y in zip(case.run(backend), expected, strict=True):
+            torch.testing.assert_close(x, y.detach())
