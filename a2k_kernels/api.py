@@ -1,4 +1,8 @@
-"""The public operations: validate, choose a backend, call it, and give the result the query's layout."""
+"""The public operations: validate, choose a backend, call it, and give the result the query's layout.
+
+Under autocast maps are computed on, and results returned, in its dtype, so that the maps' own dtypes may differ;
+float64 stays float64, and must agree. Blocks are matched as they are given, without autocast's rounding.
+"""
 
 import os
 from importlib.util import find_spec
@@ -81,7 +85,7 @@ def distributed_attention(
         scale: factor of the scores. The published network uses 1, not 1 / sqrt(d).
 
     Returns:
-        (B, C_v, H, W) in the query's dtype and memory format. Differentiable.
+        (B, C_v, H, W) in the query's dtype (autocast's under autocast) and memory format. Differentiable.
 
     Raises:
         ValueError: shapes do not fit. TypeError: dtypes do not fit. RuntimeError: the backend cannot run.
@@ -113,7 +117,7 @@ def attend_aggregates(
         scale, backend: as for `distributed_attention`.
 
     Returns:
-        (B, num_heads * d_v, H, W) in the query's dtype and memory format. Differentiable.
+        (B, num_heads * d_v, H, W) in the query's dtype (autocast's under autocast) and memory format. Differentiable.
 
     Raises:
         ValueError: shapes do not fit. TypeError: dtypes do not fit. RuntimeError: the backend cannot run.
@@ -149,6 +153,8 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
     check_maps(block_size, num_heads, query=query, key=key)
     check_same_channels(query, key)
     blocks = {"block_size": smallest_size(block_size, query, key), "num_heads": num_heads}
+    common = torch.promote_types(query.dtype, key.dtype)  # they may differ under autocast
+    query, key = query.to(common), key.to(common)
     with torch.no_grad(), no_autocast(query):
         return backend_for(backend, query, key, **blocks).block_match(query, key, **blocks)
 
@@ -176,7 +182,8 @@ def block_attention(
         scale: factor of the scores.
 
     Returns:
-        (B, C_v, H, W) in the query's dtype and memory format. Differentiable in query, key and value.
+        (B, C_v, H, W) in the query's dtype (autocast's under autocast) and memory format. Differentiable in query,
+        key and value.
 
     Raises:
         ValueError: shapes do not fit, or (on the CPU) an index is out of range; on a GPU, where checking would
@@ -271,7 +278,7 @@ def triton_obstacle(like: Tensor, block_size: int, head_dim: int) -> str | None:
 
 
 def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
-    """Raise unless the named tensors are feature maps that agree in batch, dtype and device."""
+    """Raise unless the named tensors are feature maps that agree in batch, dtype (as autocast sees it) and device."""
     for name, number in (("block_size", block_size), ("num_heads", num_heads)):
         if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an int, not {type(number).__name__}")
@@ -283,7 +290,7 @@ def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} is {x.dtype}; it must be float64, float32, float16 or bfloat16")
-        if x.dtype != first.dtype:
+        if x.dtype != first.dtype and autocast_dtype(x) != autocast_dtype(first):
             raise TypeError(f"{name} is {x.dtype} but {first_name} is {first.dtype}; they must agree")
         if x.ndim != 4 or 0 in x.shape[1:]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (B, C, H, W) with C, H, W >= 1")
@@ -378,12 +385,15 @@ def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:
     return number.reshape(())
 
 
-def to_autocast_dtype(x: Tensor) -> Tensor:
-    """x in the dtype that autocast asks for, if it is on (float64 is left alone, as PyTorch does)."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast asks for, if it is on, else x's (float64 is left alone, as PyTorch does)."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    return x.to(autocast_dtype(x))
 
 
 def no_autocast(x: Tensor) -> torch.autocast:

@@ -537,6 +537,43 @@ def test_autocast(backend, operation, dtype, autocast):
     assert [x.dtype for x in grads] == [x.dtype for x in inputs]
 
 
+@pytest.mark.parametrize("seed", fresh_seeds(3), ids="seed{}".format)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_maps_of_different_dtypes(backend, operation, seed):
+    """Results are those of maps in the autocast dtype, and matches those of the maps as they are."""
+    case = make_case(operation, seed=seed)
+    maps = [name for name in INPUTS[operation] if name != "index"]
+    dtypes = dict(zip(maps, ((*HALF, torch.float32) * 2)[seed % 3 :], strict=False))
+    given = {name: case.tensors[name].to(dtype) for name, dtype in dtypes.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = case.run(backend, **given)
+        with pytest.raises(TypeError, match="they must agree"):
+            case.run(backend, **(given | {maps[0]: given[maps[0]].double()}))
+    if operation in ("block_match", "progressive_attention"):
+        exact = {name: given[name].float() for name in ("query", "key")}
+        options = {name: case.options[name] for name in ("block_size", "num_heads")}
+        assert actual[-1].equal(*Case("block_match", exact, options).run(backend))
+    if operation != "block_match":
+        cast = {name: x.bfloat16() for name, x in given.items()}
+        if operation == "progressive_attention":
+            case.operation, cast["index"] = "block_attention", actual[-1]
+            del case.options["return_index"]
+        for x, y in zip(actual, case.run(backend, **cast), strict=False):
+            assert x.dtype == torch.bfloat16
+            assert x.equal(y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_aggregates_in_its_dtype(backend):
+    query, key, value = (make_case("distributed_attention").tensors[name] for name in ("query", "key", "value"))
+    options = {"block_size": 4, "num_heads": 2, "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16):
+        aggregates = a2k_kernels.block_aggregate(key, value, **options)
+        out = a2k_kernels.attend_aggregates(query, *aggregates, backend=backend)
+    assert out.equal(a2k_kernels.attend_aggregates(query.bfloat16(), *aggregates, backend=backend))
+
+
 # Memory formats ------------------------------------------------------------------------------------------
 
 
