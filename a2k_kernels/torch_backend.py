@@ -52,7 +52,8 @@ def in_bands(function: Callable, query: Tensor, band_rows: int) -> Tensor:
         return function(query, 0)
     # The gradient of split is one copy; each slice's would be a map of the query's size, zero but for its band.
     bands = list(zip(query.split(band_rows, 2), range(0, height, band_rows), strict=True))
-    if torch.is_grad_enabled():
+    # torch.func's transforms refuse the hooks that checkpoint needs; there every band's scores are kept.
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return torch.cat([checkpoint(function, *band, use_reentrant=False) for band in bands], 2)
     return torch.cat([function(*band) for band in bands], 2)
 

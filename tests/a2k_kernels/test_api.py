@@ -663,11 +663,14 @@ def test_only_inputs_that_require_grad_get_one(backend, operation, band_elements
                 assert x.grad is None
 
 
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("band_elements", [100, 1 << 22])
 @pytest.mark.parametrize("operation", DIFFERENTIABLE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_functional_gradients(backend, operation):
+def test_functional_gradients(backend, operation, band_elements, seed, monkeypatch):
     """torch.func.grad, which takes other paths through autograd."""
-    case = make_case(operation)
+    monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", band_elements)
+    case = make_case(operation, seed=seed)
     inputs = case.differentiable()
 
     def loss(tensors):
