@@ -194,9 +194,16 @@ def block_attention(
     check_same_size(key, value)
     check_same_channels(query, key)
     check_index(index, query, key, block_size, num_heads)
+    blocks = {"block_size": smallest_size(block_size, query, key), "num_heads": num_heads}
+    return attend_checked(query, key, value, index, **blocks, scale=scale, backend=backend)
+
+
+def attend_checked(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, *, scale: float, backend: str | None, **blocks: int
+) -> Tensor:
+    """block_attention without checks, which read the index back: what block_match found needs none."""
     memory_format = output_format(query)
     query, key, value = (to_autocast_dtype(keep_grad_layout(x)) for x in (query, key, value))
-    blocks = {"block_size": smallest_size(block_size, query, key), "num_heads": num_heads}
     with no_autocast(query):
         run = backend_for(backend, query, key, value, **blocks).block_attention
         out = run(query, key, value, index, scale=real("scale", scale), **blocks)
@@ -229,7 +236,7 @@ def progressive_attention(
         out = out.contiguous(memory_format=output_format(query))
     else:
         index = block_match(query, key, **blocks, backend=backend)
-        out = block_attention(query, key, value, index, **blocks, scale=scale, backend=backend)
+        out = attend_checked(query, key, value, index, **blocks, scale=scale, backend=backend)
     return (out, index) if return_index else out
 
 

@@ -21,6 +21,7 @@ from cases import (
     fresh_seeds,
     make_case,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import a2k_kernels
@@ -679,6 +680,21 @@ def test_functional_gradients(backend, operation, band_elements, seed, monkeypat
     actual = torch.func.grad(loss)({name: x.detach() for name, x in inputs.items()})
     for name, expected in zip(inputs, torch.autograd.grad(loss(inputs), inputs.values()), strict=True):
         torch.testing.assert_close(actual[name], expected)
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("operation", [x for x in DIFFERENTIABLE if x != "block_attention"])  # which reads its index
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_fake_tensors(backend, operation, seed):
+    """Shapes alone, as of a model that is planned before it is trained: nothing may be read back."""
+    case = make_case(operation, seed=seed)
+    expected = case.run(backend)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) for name, x in case.tensors.items()}
+        outs = case.run(backend, **fake)
+        sum(x.sum() for x in outs if x.is_floating_point()).backward()
+    assert [(x.shape, x.dtype) for x in outs] == [(x.shape, x.dtype) for x in expected]
+    assert all(fake[name].grad.shape == x.shape for name, x in case.differentiable().items())
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
