@@ -137,7 +137,8 @@ def block_match(query: Tensor, key: Tensor, *, block_size: int, num_heads: int, 
 
     index_x = argmax_z sum_y <q_{x,y}, k_{z,y}>: the inner product of whole blocks, position by position; a
     position missing in either block counts 0. Ties go to the lowest index, NaN counts as largest. Scores are
-    computed in float32 (float64 for float64 inputs) whatever the input dtype or autocast.
+    computed in float32 (float64 for float64 inputs) whatever the input dtype or autocast. On a CPU the scores of equal
+    blocks of the key may differ in the last bit, and are then no tie.
 
     Args:
         query: (B, C, H, W), float64, float32, float16 or bfloat16, any strides.
