@@ -317,6 +317,8 @@ def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
 
 def smallest_size(block_size: int, *maps: Tensor) -> int:
     """The smallest size of blocks with the same points in them: a larger one than the maps costs time and memory."""
+    if torch.compiler.is_compiling():  # sides may be symbols there, and so would be the size
+        return block_size
     return min(block_size, max(side for x in maps for side in x.shape[-2:]))
 
 

@@ -773,3 +773,19 @@ def test_blocks_larger_than_the_maps_cost_nothing(backend, operation, sizes, see
     with torch.no_grad():
         for x, y in zip(case.run(backend), expected, strict=True):
             torch.testing.assert_close(x, y.detach())
+
+
+class ProgressiveAttention(torch.nn.Module):
+    def forward(self, query, key):
+        return a2k_kernels.progressive_attention(query, key, key, block_size=8, num_heads=2, backend="torch")
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+def test_exports_for_maps_of_any_size(seed):
+    """The size of blocks, limited by that of the maps, once became a symbol."""
+    torch.manual_seed(seed)
+    query, key = torch.randn(1, 16, 24, 32), torch.randn(1, 16, 16, 40)
+    sides = dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(ProgressiveAttention(), (query, key), dynamic_shapes=(sides, sides)).module()
+    query = torch.randn(1, 16, 40, 48)
+    torch.testing.assert_close(program(query, key), ProgressiveAttention()(query, key))
