@@ -1,16 +1,21 @@
 """StyA2K in the arrangement of the published code, from the formulas in the paper: the baseline of the benchmarks.
 
-Contiguous NCHW maps, one convolution per projection, blocks unfolded into copies, whole score tensors in memory.
-It runs with the weights of an `a2k.StyA2K` whose residual is "content", at sizes that the blocks divide, as the
-published code does.
+Contiguous NCHW maps, PyTorch's own convolutions, one of them per projection, blocks unfolded into copies, whole score
+tensors in memory. It runs with the weights of an `a2k.StyA2K` whose residual is "content", at sizes that the blocks
+divide, as the published code does.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from a2k import A2K, StyA2K
 from a2k.encoder import ENCODER_DEPTHS
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """PyTorch's own convolution of the padded map, whatever `conv`, a module of ours, does."""
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), conv.weight, conv.bias)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def encode(model: StyA2K, image: Tensor) -> list[Tensor]:
     x, features = encoder.input(image), []
     for scale, depth in enumerate(ENCODER_DEPTHS[model.config.encoder], 1):
         for number in range(1, depth + 1):
-            x = F.relu(getattr(encoder, f"conv{scale}_{number}")(x))
+            x = F.relu(convolve(getattr(encoder, f"conv{scale}_{number}"), x))
             if number == 1:
                 features.append(x)
         if scale < 5:
@@ -76,12 +81,12 @@ def encode(model: StyA2K, image: Tensor) -> list[Tensor]:
 def decode(model: StyA2K, x3: Tensor, x4: Tensor, x5: Tensor) -> Tensor:
     """RGB from the A2K outputs at three scales."""
     decoder = model.decoder
-    x = decoder.merge(x4 + F.interpolate(x5, scale_factor=2))
-    x = F.interpolate(F.relu(decoder.conv4_1(x)), scale_factor=2)
+    x = convolve(decoder.merge, x4 + F.interpolate(x5, scale_factor=2))
+    x = F.interpolate(F.relu(convolve(decoder.conv4_1, x)), scale_factor=2)
     x = torch.cat([x, x3], 1)
     for scale in (3, 2, 1):
         for number in range(decoder.depths[scale - 1], 0, -1):
-            x = getattr(decoder, f"conv{scale}_{number}")(x)
+            x = convolve(getattr(decoder, f"conv{scale}_{number}"), x)
             x = F.relu(x) if (scale, number) != (1, 1) else x
         x = F.interpolate(x, scale_factor=2) if scale > 1 else x
     return x
