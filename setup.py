@@ -9,6 +9,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "a2k" / "version.py").read_
 TEST = ["pytest>=8", "pytest-benchmark>=5"]
 TRAIN = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
 AUDIT = ["cuxray>=0.6", "networkx>=3"]
+HEIC = ["pi-heif>=1"]
 
 setup(
     name="a2k",
@@ -37,7 +38,8 @@ setup(
         "bench": TEST,
         "train": TRAIN,
         "audit": AUDIT,
-        "dev": [*TEST, *TRAIN, *AUDIT, "ruff>=0.6", "build>=1", "scikit-image>=0.22"],
+        "heic": HEIC,
+        "dev": [*TEST, *TRAIN, *AUDIT, *HEIC, "ruff>=0.6", "build>=1", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["a2k = a2k.cli:main"]},
     classifiers=[

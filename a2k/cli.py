@@ -18,6 +18,7 @@ from a2k.version import __version__
 
 USAGE_ERROR = 2
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+WRITTEN_AS = {".heic": ".jpg", ".heif": ".jpg"}  # others that we cannot write become PNG
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,12 +272,12 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
 
 
 def picture_name(photo: str | Path, painting: str | Path) -> str:
-    """{content}_stylized_{style}.{ext}, with the photo's extension where we can write it, else PNG."""
+    """{content}_stylized_{style}.{ext}, with the photo's extension where we can write it, else a similar one."""
     from a2k.images import result_stem
 
     names = ["stdin" if source == "-" else Path(source).stem for source in (photo, painting)]
     suffix = "" if photo == "-" else Path(photo).suffix.lower()
-    return result_stem(*names) + (suffix if suffix in WRITABLE else ".png")
+    return result_stem(*names) + (suffix if suffix in WRITABLE else WRITTEN_AS.get(suffix, ".png"))
 
 
 # ---- evaluate

@@ -82,6 +82,12 @@ def test_all_pairs(capsys, tmp_path, stylize, painting):
     assert Image.open(tmp_path / "out" / expected[0]).format == "JPEG"
 
 
+def test_a_phones_photo_becomes_a_jpeg(capsys, tmp_path, stylize, painting):
+    photo = Path(__file__).parents[1] / "data" / "turned.heic"
+    succeed(capsys, *stylize(photo, painting, tmp_path / "out"))
+    assert Image.open(tmp_path / "out" / "turned_stylized_painting.jpg").size == (64, 96)
+
+
 def test_repeated_options_add_up(capsys, tmp_path, stylize, photo, painting):
     more = ("--content", painting, "--style", photo)
     assert len(succeed(capsys, *stylize(photo, painting, tmp_path / "out", *more)).splitlines()) == 4

@@ -2,6 +2,7 @@ import io
 import os
 import stat
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -513,6 +514,46 @@ def test_tiny_pictures(rng, size):
     pixels = noise(rng, *size, 3)
     picture = read_bytes(encoded(Image.fromarray(pixels), "PNG"))
     np.testing.assert_array_equal(np.asarray(picture.rgb), pixels)
+
+
+# --- HEIC
+
+HEIC = Path(__file__).parents[1] / "data" / "turned.heic"  # 96 x 64 before it is turned clockwise
+
+
+def test_heic_is_read_upright():
+    picture = read_image(HEIC)
+    assert picture.rgb.size == (64, 96) and picture.alpha is None
+    corners = [picture.rgb.getpixel(place) for place in [(8, 8), (56, 8), (8, 88), (56, 88)]]
+    expected = [(20, 60, 200), (200, 30, 30), (220, 210, 60), (30, 160, 40)]
+    np.testing.assert_allclose(corners, expected, atol=8)
+
+
+def test_heic_counts_as_a_picture_of_a_folder(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(HEIC.read_bytes())
+    assert find_images([tmp_path]) == [tmp_path / "IMG_1.HEIC"]
+
+
+def test_limit_on_pixels_of_heic():
+    with pytest.raises(ImageError) as caught:
+        read_image(HEIC, max_pixels=64 * 96 - 1)
+    one_line(caught, HEIC, "64x96")
+
+
+def test_heic_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(ImageError) as caught:
+        read_image(HEIC)
+    one_line(caught, HEIC, "HEIC", "pip install pi-heif")
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
+def test_truncated_heic(tmp_path, kept):
+    path, data = tmp_path / "photo.heic", HEIC.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    one_line(caught, path)
 
 
 # --- bad files
