@@ -11,6 +11,12 @@ from torch import Tensor
 
 MARGIN = 1 << 30  # bytes left free for tiles and bands
 GUESSED_MEMORY = 4 << 30  # bytes free on a host that does not tell (Windows)
+# Linux's control groups, by version: where they are, and the files and the key of a group's limit, of what it uses and
+# of what it can drop of that.
+GROUPS = {
+    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+}
 
 
 class Storage:
@@ -72,7 +78,26 @@ def free_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return min([int(fields["MemAvailable"].split()[0]) * 1024, *room_in_groups()])
     if not hasattr(os, "sysconf"):
         return GUESSED_MEMORY
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def room_in_groups(system: Path = Path("/")) -> list[int]:
+    """Bytes that are left of every limit on this process: of a container, or of a job on a cluster.
+
+    system: the folder that has proc and sys.
+    """
+    own, room = system / "proc/self/cgroup", []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, limit, used, dropped = GROUPS[1 if controllers else 2]
+        group = system / place / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                room.append(int(most) - int((folder / used).read_text()) + int(statistics.get(dropped, 0)))
+    return room
