@@ -161,12 +161,12 @@ class FusedA2K:
 @dataclass(frozen=True)
 class Style:
     """Of one or several paintings: keys for the A2K modules at scales 3, 4, 5, the statistics of the maps that the
-    decoder asks for, colours, and, for a styled network, texture.
+    decoder asks for, and, for a styled network, colours and texture.
     """
 
     keys: tuple[StyleKeys, ...]
     statistics: tuple[Statistics, ...]
-    colors: Colors
+    colors: Colors | None
     texture: Texture | None
 
 
@@ -195,8 +195,9 @@ class FusedStyA2K:
         padded = pad_style(image)
         maps = self._encode(tuple(padded.shape[-2:]), read_pixels(padded), self._map_maker(len(image), progress))
         keys = (module.style_keys(*pair) for module, pair in zip(self.modules, maps[-3:], strict=True))
-        texture = texture_of(padded) if self.styled else None
-        return Style(tuple(keys), tuple(x.statistics for x in maps), colors_of(image), texture)
+        statistics = tuple(x.statistics for x in maps)
+        colors, texture = (colors_of(image), texture_of(padded)) if self.styled else (None, None)
+        return Style(tuple(keys), statistics, colors, texture)
 
     @torch.inference_mode()
     def stylize(self, content: Tensor, style: Style, strength: float = 1.0, progress: Progress = int) -> Tensor:

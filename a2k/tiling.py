@@ -342,15 +342,22 @@ class Frame:
     def reflected(self) -> Tensor:
         """The map, its inside reflected into the margin."""
         (top, bottom, left, right), x, mirror = self.margin, self.whole, self.mirror
-        if left:
-            x[:, :, :, 0] = x[:, :, :, mirror]
-        if right:
-            x[:, :, :, -1] = x[:, :, :, -1 - mirror]
-        if top:
-            x[:, :, 0] = x[:, :, mirror]
-        if bottom:
-            x[:, :, -1] = x[:, :, -1 - mirror]
+        reflect_into(x, left, right, mirror)
+        reflect_into(x.mT, top, bottom, mirror)
         return x
+
+
+def reflect_into(x: Tensor, left: int, right: int, mirror: int) -> None:
+    """Fill those of the first and the last column of x that are margin (1 or 0), by one copy if possible."""
+    last = x.shape[-1] - 1
+    between = last - 2 * mirror
+    if left and right and between > 0:
+        x[..., ::last] = x[..., mirror : last - mirror + 1 : between]
+        return
+    if left:
+        x[..., 0] = x[..., mirror]
+    if right:
+        x[..., -1] = x[..., -1 - mirror]
 
 
 def new_map(like: Tensor, channels: int, size: Size) -> Tensor:
