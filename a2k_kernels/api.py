@@ -18,6 +18,7 @@ from a2k_kernels.layout import keep_grad_layout, output_format
 
 BACKENDS = ("triton", "torch", "reference")
 MAX_BLOCK_SIZE, MAX_HEAD_DIM = 16, 256  # of the Triton kernels
+MAX_MAPS = 65535  # batch size times heads, one dimension of a launch on NVIDIA's GPUs
 TRITON_FOUND = find_spec("triton") is not None
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -127,7 +128,9 @@ def attend_aggregates(
     query, key_agg, value_agg = (to_autocast_dtype(x) for x in (keep_grad_layout(query), key_agg, value_agg))
     widest = max(key_agg.shape[-1], value_agg.shape[-1])
     with no_autocast(query):
-        run = choose_backend(backend, query, block_size=1, head_dim=widest).attend_aggregates
+        run = choose_backend(
+            backend, query, block_size=1, num_heads=key_agg.shape[1], head_dim=widest
+        ).attend_aggregates
         out = run(query, key_agg, value_agg, scale=real("scale", scale))
     return out.contiguous(memory_format=memory_format)
 
@@ -244,10 +247,10 @@ def progressive_attention(
 def backend_for(backend: str | None, *maps: Tensor, block_size: int, num_heads: int) -> ModuleType:
     """choose_backend for feature maps."""
     widest = max(x.shape[1] // num_heads for x in maps)
-    return choose_backend(backend, maps[0], block_size=block_size, head_dim=widest)
+    return choose_backend(backend, maps[0], block_size=block_size, num_heads=num_heads, head_dim=widest)
 
 
-def choose_backend(backend: str | None, like: Tensor, *, block_size: int, head_dim: int) -> ModuleType:
+def choose_backend(backend: str | None, like: Tensor, **blocks: int) -> ModuleType:
     """The backend's module: the argument, else the A2K_BACKEND variable, else automatic.
 
     Automatic is Triton on a GPU, where it can run, and otherwise PyTorch. An explicit choice never falls back: it
@@ -257,12 +260,12 @@ def choose_backend(backend: str | None, like: Tensor, *, block_size: int, head_d
     if backend is None:
         backend, source = os.environ.get("A2K_BACKEND") or None, "A2K_BACKEND"
     if backend is None:
-        backend = "triton" if like.is_cuda and not triton_obstacle(like, block_size, head_dim) else "torch"
+        backend = "triton" if like.is_cuda and not triton_obstacle(like, **blocks) else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"{source} is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
     if backend != "triton":
         return {"torch": torch_backend, "reference": reference}[backend]
-    obstacle = triton_obstacle(like, block_size, head_dim)
+    obstacle = triton_obstacle(like, **blocks)
     if obstacle:
         raise RuntimeError(f"{source} is 'triton', but {obstacle}; choose 'torch'")
     from a2k_kernels import ops  # imports Triton, which may be absent
@@ -270,8 +273,8 @@ def choose_backend(backend: str | None, like: Tensor, *, block_size: int, head_d
     return ops
 
 
-def triton_obstacle(like: Tensor, block_size: int, head_dim: int) -> str | None:
-    """Why the Triton kernels cannot take tensors of like's dtype and device and heads as wide, or None."""
+def triton_obstacle(like: Tensor, *, block_size: int, num_heads: int, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot take tensors of like's batch, dtype and device and heads as wide, or None."""
     if not TRITON_FOUND:
         return "Triton is not installed"
     if like.dtype == torch.float64:
@@ -280,6 +283,9 @@ def triton_obstacle(like: Tensor, block_size: int, head_dim: int) -> str | None:
         return f"block_size is {block_size}, over its {MAX_BLOCK_SIZE}"
     if head_dim > MAX_HEAD_DIM:
         return f"a head has {head_dim} channels, over its {MAX_HEAD_DIM}"
+    # A batch size that is a symbol must not be bounded by being compared.
+    if not torch.compiler.is_compiling() and like.shape[0] * num_heads > MAX_MAPS:
+        return f"the batch is {like.shape[0]} maps of {num_heads} heads, over its {MAX_MAPS} together"
     if not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {like.device.type}, where it needs TRITON_INTERPRET=1, set before Python starts"
     return None

@@ -247,10 +247,14 @@ OBSTACLES = [
     ({"dtype": torch.float64}, r"its kernels do not compute in float64"),
     ({"block_size": 17, "query_size": (3, 17), "key_size": (17, 5)}, r"block_size is 17, over its 16"),
     ({"d_k": 257, "d_v": 257}, r"a head has 257 channels, over its 256"),
+    (
+        {"batch": 21846, "heads": 3, "d_k": 1, "d_v": 1, "query_size": (1, 1), "key_size": (1, 1)},
+        r"the batch is 21846 maps of 3 heads, over its 65535 together",
+    ),
 ]
 
 
-@pytest.mark.parametrize("geometry, obstacle", OBSTACLES, ids=["float64", "block_size", "channels"])
+@pytest.mark.parametrize("geometry, obstacle", OBSTACLES, ids=["float64", "block_size", "channels", "batch"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_triton_never_falls_back(operation, geometry, obstacle, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -281,9 +285,9 @@ def test_triton_may_be_absent(operation, monkeypatch):
     assert api.backend_for(None, gpu_map(), block_size=4, num_heads=2) is torch_backend
 
 
-def gpu_map(channels: int = 8, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+def gpu_map(channels: int = 8, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> SimpleNamespace:
     """As much of a map on a GPU as choosing a backend looks at."""
-    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, channels, 9, 9))
+    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(batch, channels, 9, 9))
 
 
 def test_automatic_choice():
@@ -299,6 +303,8 @@ def test_automatic_choice():
     assert choice(gpu_map(dtype=torch.float64)) is torch_backend
     assert choice(gpu_map(), block_size=17) is torch_backend
     assert choice(gpu_map(512), gpu_map(514)) is torch_backend
+    assert choice(gpu_map(batch=32767)) is ops
+    assert choice(gpu_map(batch=32768)) is torch_backend
     assert choice(torch.ones(1, 8, 9, 9)) is torch_backend
 
 
