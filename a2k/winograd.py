@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a2k_kernels.products import has_fast_mkl
+
 OUTPUTS = 4  # of a tile, in each direction
 # Kernels meet tiles in multiples of this, the last ones being zero: for other numbers, 80 and 98 among them, oneDNN may
 # lay out the kernels otherwise, anew in every call, which takes 30 times as long.
@@ -27,6 +29,7 @@ POINTS = {
     torch.bfloat16: {2: (0, 1, -1 / 2, -2), 3: (0, 1, -1, 1 / 2, -2)},
 }
 LEAST_WEIGHTS = 128 * 256 * 9  # of a layer where it pays
+LEAST_IF_TRANSFORMS_ARE_FAST = 128 * 128 * 9  # in float32
 
 
 def transforms(taps: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,9 +56,11 @@ def pays(weight: Tensor) -> bool:
     """Whether `Winograd` is faster than torch's convolution by that kernel, as measured."""
     outputs, inputs = weight.shape[:2]
     fits = weight.device.type == "cpu" and weight.dtype in POINTS and torch.backends.mkldnn.is_available()
-    if not fits or outputs % 16 or inputs % 16 or weight.numel() < LEAST_WEIGHTS:
+    if not fits or outputs % 16 or inputs % 16:
         return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype == torch.float32:
+        return weight.numel() >= (LEAST_IF_TRANSFORMS_ARE_FAST if has_fast_mkl() else LEAST_WEIGHTS)
+    return weight.numel() >= LEAST_WEIGHTS and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Winograd:

@@ -1,5 +1,7 @@
 """Matrix products of float32 on processors."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -19,6 +21,13 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     products = [product(x, y) for x, y in zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)]
     out = torch.stack(products) if len(products) > 1 else products[0]
     return out.view(*a.shape[:-1], -1)
+
+
+@lru_cache
+def has_fast_mkl() -> bool:
+    """Whether MKL, which is behind `@` and PyTorch's attention, uses all that the processor can do: Intel's own."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("cpu_name", "").startswith("Intel") and torch.backends.mkl.is_available()
 
 
 def has_onednn(x: Tensor) -> bool:

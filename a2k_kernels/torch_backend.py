@@ -5,6 +5,7 @@ attention runs over bands of query rows. In training a band is recomputed in the
 several, so that no more than one band of scores is alive at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, split_blocks
 from a2k_kernels.dtypes import at_least_float32
-from a2k_kernels.products import times_transposed
+from a2k_kernels.products import has_fast_mkl, has_tangent, times_transposed
 
 BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
 CACHE_SCORES = 1 << 20  # of a band of distributed attention, on a processor
@@ -88,6 +89,11 @@ def infers_on_cpu(*maps: Tensor) -> bool:
     return maps[0].device.type == "cpu" and not is_special
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether x is known to have neither infinities nor NaN: fake tensors have no values to look at."""
+    return type(x) is Tensor and math.isfinite(x.sum())
+
+
 class OnceDifferentiable(torch.autograd.Function):
     """Identity before an operation without a second derivative: asking for one says what to do instead."""
 
@@ -141,6 +147,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
     # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
     fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64
     streamed = fused and query.dtype != torch.float16  # it never holds all scores, so it needs no bands
+    infers = infers_on_cpu(query, k_agg, v_agg)
 
     def attend(band: Tensor, _top: int) -> Tensor:
         q = band.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, rows * W, d)
@@ -148,13 +155,15 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
             inputs = (unit_stride(x) if streamed else x for x in (q, k_agg, v_agg))
             out = F.scaled_dot_product_attention(*(OnceDifferentiable.apply(x) for x in inputs), scale=scale)
             # On a processor a row whose scores are all NaN would come out as zeros: the first one tells.
-            first_score = q.detach() @ k_agg[:, :, :1].detach().mT
-            out = out + (first_score - first_score)
+            if not (infers and is_finite(q) and is_finite(k_agg)):
+                first_score = q.detach() @ k_agg[:, :, :1].detach().mT
+                out = out + (first_score - first_score)
         else:
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
-    if query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg):
+    is_fastest = fused and has_fast_mkl() and not has_tangent(query, k_agg, v_agg)
+    if infers and query.dtype in (torch.float32, torch.bfloat16) and not is_fastest:
         return attend_in_cache(query, k_agg, v_agg, scale)
     if streamed:
         return attend(query, 0)
@@ -163,8 +172,8 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
 
 
 def attend_in_cache(query: Tensor, key_agg: Tensor, value_agg: Tensor, scale: float) -> Tensor:
-    """attend_aggregates on a processor: faster than PyTorch's fused attention, which multiplies as `@` does in float32,
-    and so too what is in bfloat16.
+    """attend_aggregates on a processor where MKL is slow: faster than PyTorch's fused attention, which multiplies by it
+    in float32, and so too what is in bfloat16.
     """
     (B, _, H, W), (num_heads, n, d_v) = query.shape, value_agg.shape[1:]
     q = query.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, H * W, d)

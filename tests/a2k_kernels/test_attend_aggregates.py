@@ -49,8 +49,12 @@ def test_is_half_of_distributed_attention(backend, geometry, seed):
 @pytest.mark.parametrize("elements", (1, 100, 1 << 20))
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda x: f"{x['d_k']}-{x['d_v']}")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_without_gradients(dtype, geometry, elements, seed, monkeypatch):
-    """In groups of heads and bands of any size: at most twice the error of the formula, step by step in that dtype."""
+@pytest.mark.parametrize("fast_mkl", (False, True))
+def test_without_gradients(fast_mkl, dtype, geometry, elements, seed, monkeypatch):
+    """In groups of heads and bands of any size, or by PyTorch: at most twice the error of the formula, step by step in
+    that dtype.
+    """
+    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda: fast_mkl)
     monkeypatch.setattr(torch_backend, "CACHE_SCORES", elements)
     monkeypatch.setattr(products, "LEAST_FLOPS", 0)
     layouts = (LAYOUTS[seed % len(LAYOUTS)], "contiguous", "contiguous")
@@ -73,6 +77,19 @@ def test_gradients_are_exact(backend):
     shapes = ((2, 6, 3, 4), (2, 2, 5, 3), (2, 2, 5, 4))
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     assert torch.autograd.gradcheck(lambda *x: attend_aggregates(*x, scale=0.5, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("fast_mkl", (False, True))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("query", "key", "value"))
+def test_what_is_not_finite_is_seen(name, value, fast_mkl, monkeypatch):
+    """NaN in a query point's row, in all rows by a key, in one channel by a value."""
+    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda: fast_mkl)
+    query, key, values = torch.rand(1, 8, 3, 4), torch.rand(1, 2, 5, 4), torch.rand(1, 2, 5, 4)
+    {"query": query[0, 2, 1], "key": key[0, 1, 0], "value": values[0, 1, 3]}[name][1] = value
+    expected, actual = (attend_aggregates(query, key, values, backend=x) for x in ("reference", "torch"))
+    assert not expected.isfinite().all()
+    torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_one_set_of_keys_serves_a_batch():
