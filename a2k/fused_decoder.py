@@ -41,14 +41,19 @@ class MapMaker:
 
     def run(self, chain: Chain, size: Size, read: Read, add: Callable[[Tensor], object] = id) -> Tensor:
         """The chain's output, for an input of that size, as a new map; add takes its tiles too."""
-        x = self.storage.new_map(len(self.like), chain.layers[-1].channels, chain.sizes(size)[-1], self.like.dtype)
+        whole, made = chain.sizes(size)[-1], []
 
         def write(window: Window, tile: Tensor) -> None:
-            window.of(x).copy_(tile)
             add(tile)
+            if window.size == whole and self.storage.keep(tile):
+                made.append(tile)
+                return
+            if not made:
+                made.append(self.storage.new_map(len(tile), tile.shape[1], whole, tile.dtype))
+            window.of(made[0]).copy_(tile)
 
         self.run_into(chain, size, read, write)
-        return x
+        return made[0]
 
     def measure(self, chain: Chain, size: Size, read: Read) -> Map:
         """As `run`, with the statistics of the new map."""

@@ -44,6 +44,13 @@ class Storage:
             x = map_file(elements, dtype)
         return x.view(shape).permute(0, 3, 1, 2)
 
+    def keep(self, x: Tensor) -> bool:
+        """Whether there is room for x where it is; then it counts as a map of this storage."""
+        fits = x.nbytes <= self.room.get(x.device, 0)
+        if fits:
+            self._take(x.device, x)
+        return fits
+
     def _take(self, place: torch.device, x: Tensor) -> None:
         """Count x's bytes until it is freed."""
 

@@ -162,8 +162,8 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
-    is_fastest = fused and has_fast_mkl() and not has_tangent(query, k_agg, v_agg)
-    if infers and query.dtype in (torch.float32, torch.bfloat16) and not is_fastest:
+    infers = infers and query.dtype in (torch.float32, torch.bfloat16)
+    if infers and (not (fused and has_fast_mkl()) or has_tangent(query, k_agg, v_agg)):
         return attend_in_cache(query, k_agg, v_agg, scale)
     if streamed:
         return attend(query, 0)

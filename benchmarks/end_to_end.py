@@ -243,7 +243,7 @@ def measure_all(sizes: tuple[int, ...], rounds: int) -> list[Measurement]:
     turns = [
         (size, arrangement)
         for size in sizes
-        for _ in range(rounds if size <= 512 else 1)
+        for _ in range(rounds if size <= LARGEST_PUBLISHED else 1)
         for arrangement in ARRANGEMENTS
         if size <= LARGEST[arrangement]
     ]
@@ -332,7 +332,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   *published* in the same run.
 - *styled*: the shape of the bundled network, float32.
 
-Up to 512 px the figures are medians of rounds in which the arrangements take turns.
+Up to {LARGEST_PUBLISHED} px the figures are medians of rounds in which the arrangements take turns.
 
 ## How near the floor
 
@@ -342,9 +342,9 @@ of one 3x3 convolution of 256 channels, measured in the same process: a floor fo
 {floor_table(found)}
 
 Ours computes less than the published arrangement: a convolution after upsampling is done before it, with 4/9 of the
-operations, and the projections of a style are made once for all its photos. For 128 x 256 channels
-and more, minimal filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the multiplications of a 3x3
-convolution, and about half of its time.
+operations, and the projections of a style are made once for all its photos. For 128 x 256 channels and more (in float32
+on Intel's processors 128 x 128), minimal filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the
+multiplications of a 3x3 convolution, and about half of its time.
 
 Where the time goes, style and content of one size:
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from a2k import storage
-from a2k.storage import free_memory, map_file, room_in_groups
+from a2k.storage import Storage, free_memory, map_file, room_in_groups
+
+
+def test_a_kept_map_counts_until_it_is_freed():
+    made = Storage(torch.device("cpu"), limit=400)
+    x = torch.zeros(100)
+    assert made.keep(x)
+    assert not made.keep(torch.zeros(1))
+    del x
+    assert made.keep(torch.zeros(100))
 
 
 def test_files_without_posix_fallocate(monkeypatch):
