@@ -272,7 +272,7 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
 
 
 def picture_name(photo: str | Path, painting: str | Path) -> str:
-    """{content}_stylized_{style}.{ext}, with the photo's extension where we can write it, else a similar one."""
+    """{content}_stylized_{style}.{ext}, with the photo's extension if we write it; HEIC becomes JPEG, others PNG."""
     from a2k.images import result_stem
 
     names = ["stdin" if source == "-" else Path(source).stem for source in (photo, painting)]

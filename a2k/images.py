@@ -25,8 +25,8 @@ FILLED_SIDE = 256  # largest of the picture from which colours spread to transpa
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 _SUFFIXES = {suffix: name for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
 # Of phones. Pillow needs another package to read it, which need not be there; it is not written.
-_HEIF_SUFFIXES = (".heic", ".heif")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")  # of single pictures, at the beginning of a file
+_HEIC_SUFFIXES = (".heic", ".heif")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis")  # one of them is named in the first bytes of a file
 _ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "AVIF", "JPEG2000")
 _SOME_SUFFIXES = ".png, .jpg, .webp or .tiff"
 _DAMAGED_REMEDY = "convert it to 8-bit PNG, or get an undamaged copy"
@@ -244,7 +244,7 @@ def _images_in(folder: Path) -> list[Path]:
         files = sorted(file for file in folder.iterdir() if file.is_file())
     except OSError as error:
         raise ImageError(f"cannot list {folder}: {_reason(error)}") from error
-    suffixes = (*_SUFFIXES, *_HEIF_SUFFIXES)
+    suffixes = (*_SUFFIXES, *_HEIC_SUFFIXES)
     images = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
     if not images:
         raise ImageError(f"{folder} has no pictures in it; name a folder with {_SOME_SUFFIXES} files")
@@ -278,28 +278,21 @@ def _open_image(file: BinaryIO, name: object) -> Image.Image:
     try:
         if not file.seekable():
             file = io.BytesIO(file.read())
+        file.seek(0)
+        start = file.read(32)
+        file.seek(0)
+        if start[4:8] == b"ftyp" and any(brand in start for brand in _HEIC_BRANDS):
+            from pi_heif import HeifImageFile
+
+            return HeifImageFile(file)
         with _without_pillow_limit():
             return Image.open(file, formats=tuple(set(_SUFFIXES.values())))
     except UnidentifiedImageError as error:
-        file.seek(0)
-        start = file.read(12)
-        if start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS:
-            file.seek(0)
-            return _open_heif(file, name)
         found = "not a picture of a known format" if start else "empty"
         raise ImageError(f"cannot read {name}: it is {found}; give a {_SOME_SUFFIXES} file") from error
-    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
-        raise ImageError(f"cannot read {name}: {_reason(error)}; {_DAMAGED_REMEDY}") from error
-
-
-def _open_heif(file: BinaryIO, name: object) -> Image.Image:
-    try:
-        from pi_heif import HeifImageFile
     except ImportError as error:
         raise ImageError(f"cannot read {name}: it is HEIC; pip install pi-heif, or convert it to JPEG") from error
-    try:
-        return HeifImageFile(file)
-    except Exception as error:  # as for Pillow's readers
+    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
         raise ImageError(f"cannot read {name}: {_reason(error)}; {_DAMAGED_REMEDY}") from error
 
 

@@ -101,10 +101,16 @@ def room_in_groups(system: Path = Path("/")) -> list[int]:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        place, limit, used, dropped = GROUPS[1 if controllers else 2]
+        place, *names = GROUPS[1 if controllers else 2]
         group = system / place / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                room.append(int(most) - int((folder / used).read_text()) + int(statistics.get(dropped, 0)))
-    return room
+        room += [room_in_group(folder, *names) for folder in (group, *group.parents) if (folder / names[0]).exists()]
+    return [left for left in room if left is not None]
+
+
+def room_in_group(folder: Path, limit: str, used: str, dropped: str) -> int | None:
+    """Bytes left of a group's limit; None if it has none, or cannot be read."""
+    try:
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int((folder / limit).read_text()) - int((folder / used).read_text()) + int(statistics.get(dropped, 0))
+    except (OSError, ValueError):  # ValueError: the limit is the word max
+        return None

@@ -147,7 +147,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
     # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
     fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64
     streamed = fused and query.dtype != torch.float16  # it never holds all scores, so it needs no bands
-    infers = infers_on_cpu(query, k_agg, v_agg)
+    infers = query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg)
 
     def attend(band: Tensor, _top: int) -> Tensor:
         q = band.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, rows * W, d)
@@ -162,7 +162,6 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
 
-    infers = infers and query.dtype in (torch.float32, torch.bfloat16)
     if infers and (not (fused and has_fast_mkl()) or has_tangent(query, k_agg, v_agg)):
         return attend_in_cache(query, k_agg, v_agg, scale)
     if streamed:

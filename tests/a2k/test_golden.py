@@ -10,6 +10,7 @@ from official import a2k_shapes, fill, official_files
 
 import a2k
 from a2k import convert, losses
+from a2k.convolution import ReflectedConv2d
 from a2k.inference import FusedA2K, FusedStyA2K, Statistics
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -116,3 +117,10 @@ def test_whole_network(backend, monkeypatch):
         assert_close(inference.stylize(content, inference.encode_style(style))[..., ::2, ::2], f"{name}/out")
         for i, feature in enumerate(model.encoder(content), 1):
             assert_close(torch.stack([feature.mean(), feature.std()]), f"{name}/relu{i}_1_mean_std")
+
+
+def test_the_baseline_of_benchmarks_does_not_run_our_convolution(monkeypatch):
+    """Which is faster than PyTorch's, so that the ratios would be too low."""
+    model = convert.stya2k(**official_files(600)).requires_grad_(False)
+    monkeypatch.setattr(ReflectedConv2d, "forward", lambda *_: pytest.fail("ran"))
+    assert published.stya2k(model, *torch.rand(2, 1, 3, 64, 64)).shape == (1, 3, 64, 64)

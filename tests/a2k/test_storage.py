@@ -64,6 +64,14 @@ def test_room_in_a_container(tmp_path):
     assert room_in_groups(tmp_path) == [300]
 
 
+def test_a_group_that_tells_only_its_limit(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    make_group(tmp_path / "sys/fs/cgroup", 2, "1000", 700, 0)
+    (tmp_path / "sys/fs/cgroup/memory.stat").unlink()
+    assert room_in_groups(tmp_path) == []
+
+
 def test_no_groups(tmp_path):
     assert room_in_groups(tmp_path) == []
 
