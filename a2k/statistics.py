@@ -50,13 +50,18 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
     elif x.dtype in (torch.bfloat16, torch.float16):
         mean, variance = (torch.stack(parts) for parts in zip(*map(moments_in_16_bit, x), strict=True))
-    else:  # over channels_last maps torch.var_mean is slow on a processor
-        x = x.permute(0, 2, 3, 1).flatten(1, 2).float()
-        rounded = x.mean(1)
-        x = x - rounded[:, None]
-        rest = x.mean(1).double()
-        return rounded + rest, x.square_().sum(1) - rest.square() * points
+    else:
+        x = x.permute(0, 2, 3, 1).flatten(2).view(len(x), *x.shape[2:], -1).float()
+        rounded = sum_of_points(x) / points
+        x = x - rounded[:, None, None]
+        rest = sum_of_points(x).double() / points
+        return rounded + rest, sum_of_points(x.square_()) - rest.square() * points
     return mean.double(), variance.double() * points
+
+
+def sum_of_points(x: Tensor) -> Tensor:
+    """(B, h, w, C) to (B, C). Whole rows first: of long ones a processor adds more values at a time than of points."""
+    return x.flatten(2).sum(1).view(len(x), *x.shape[2:]).sum(1)
 
 
 def moments_in_16_bit(x: Tensor) -> tuple[Tensor, Tensor]:
