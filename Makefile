@@ -13,10 +13,10 @@ PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/
 demo: $(INSTALLED)  ## redraw the demo photos in the demo styles, into demo/out/
 	$(BIN)/python demo/run.py
 
-test: $(INSTALLED)  ## the tests that a change must pass
-	$(BIN)/python -m pytest -m "not slow"
+test: $(INSTALLED)  ## the tests that a change must pass, on several processors at once
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-test-all: $(INSTALLED)  ## every test
+test-all: $(INSTALLED)  ## every test, one after another, each on all processors
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)

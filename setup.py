@@ -39,7 +39,7 @@ setup(
         "train": TRAIN,
         "audit": AUDIT,
         "heic": HEIC,
-        "dev": [*TEST, *TRAIN, *AUDIT, *HEIC, "ruff>=0.6", "build>=1", "scikit-image>=0.22"],
+        "dev": [*TEST, *TRAIN, *AUDIT, *HEIC, "pytest-xdist>=3.6", "ruff>=0.6", "build>=1", "scikit-image>=0.22"],
     },
     entry_points={"console_scripts": ["a2k = a2k.cli:main"]},
     classifiers=[

@@ -1,3 +1,5 @@
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ from tiny import TINY, picture, tiny_model
 from a2k.checkpoint import VGG_CHANNELS, save_encoder, save_model
 from a2k.encoder import Encoder
 from a2k.model import init_kaiming
+
+random.seed(os.environ.get("PYTEST_XDIST_TESTRUNUID"))  # numbers drawn while tests are collected: workers must agree
 
 
 @pytest.fixture(scope="session")
