@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line, by default this program's. Returns the exit code: 0, or 2 with one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be one that its encoding lacks
+    if argv is None:
+        warnings.showwarning = print_warning
     try:
         arguments = build_parser().parse_args(with_config_file(sys.argv[1:] if argv is None else argv))
         if argv is None and arguments.run is run_train:
@@ -40,6 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 def print_error(error: Exception) -> None:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     print(f"a2k: error: {lines[0]}", file=sys.stderr)
+
+
+def print_warning(warning: Warning | str, *_place: object) -> None:
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        print(f"a2k: warning: {warning}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,7 +171,7 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from a2k.images import ImageError, read_image
+    from a2k.images import ImageError, check_sides, read_image, with_short_side
 
     stdin = None
     if "-" in (*arguments.content, *arguments.style):  # read once, for all its pairs
@@ -170,6 +180,10 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
 
     def read(source):
         return read_image(stdin if source == "-" else source, max_pixels=arguments.max_pixels)
+
+    def check_result(sides, target):
+        if target != "-":
+            check_sides(with_short_side(sides, arguments.size or min(sides)), target)
 
     def outcome(future):
         try:
@@ -189,8 +203,10 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
             started, content = time.perf_counter(), photo
             photo = following and reader.submit(read, following[0])
             try:
+                picture = content.result()
+                check_result(picture.rgb.size, job[2])
                 out = transfer.stylize(
-                    content.result(),
+                    picture,
                     encode(job[1]),
                     strength=arguments.strength,
                     size=arguments.size,

@@ -1,6 +1,7 @@
 """Scoring networks and folders of results on pairs of held-out photos and paintings (see `a2k evaluate --help`)."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -94,10 +95,11 @@ def evaluate(
         too. size: side of the squares in pixels. pairs: number of pairs, drawn from all by a fixed seed. holdout:
         use only the last so many files of each folder, by name (0: all).
 
-    Returns the report, and a sheet of some pairs: photo, painting and every result.
+    Returns the report, and a sheet of some pairs: photo, painting and every result. A pair with a picture that cannot
+    be read or redrawn is named in a warning and left out of all rows.
 
-    Raises ImageError or WeightsError if a folder or file cannot be used, ValueError for a number out of range, and
-    where the report would call two rows the same.
+    Raises ImageError or WeightsError if a folder, the network's file or all pairs cannot be used, ValueError for a
+    number out of range, and where the report would call two rows the same.
     """
     check_names([*networks, *map(str, results)])
     if pairs < 1 or size < MINIMUM:
@@ -106,24 +108,32 @@ def evaluate(
     chosen = held_pairs(content_dir, style_dir, pairs, holdout)
     ruler = Ruler(encoder, size)
     sources = {PHOTO: lambda photo, painting: ruler.square(photo)}
-    sources |= {name: Network(transfer, ruler, chosen[0]) for name, transfer in networks.items()}
+    sources |= {name: Network(transfer, ruler) for name, transfer in networks.items()}
     sources |= {str(folder): Folder(folder, chosen, size) for folder in results}
     measured = {name: [] for name in sources}
     shown, rows = np.linspace(0, len(chosen) - 1, SHEET_PAIRS).round(), []
     with torch.inference_mode():
         for number, (photo, painting, other) in enumerate(tqdm(chosen, unit="pair", disable=None)):
-            outputs = {name: source(photo, painting) for name, source in sources.items()}
-            for name, output in outputs.items():
-                measured[name].append(ruler.measure(output, photo, painting, other))
-            if number in shown:
+            try:
+                outputs = {name: source(photo, painting) for name, source in sources.items()}
+                found = [ruler.measure(output, photo, painting, other) for output in outputs.values()]
+            except ImageError as error:
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                continue
+            for values, value in zip(measured.values(), found, strict=True):
+                values.append(value)
+            if number in shown or not rows:
                 pictures = (outputs.pop(PHOTO), ruler.square(painting), *outputs.values())
                 rows.append([to_pil(picture) for picture in pictures])
+    scored = len(measured[PHOTO])
+    if not scored:
+        raise ImageError(f"none of {len(chosen)} pairs could be scored; see the warnings, and check the folders")
     scores = []
     for name, values in measured.items():
         means = {measure: fmean(value[measure] for value in values) for measure in values[0]}
         seconds = median(sources[name].seconds) if name in networks else None
         scores.append(Scores(name, **means, seconds_per_picture=seconds))
-    report = Report(f"{kind} ({Path(perceptual).name})", len(chosen), size, scores)
+    report = Report(f"{kind} ({Path(perceptual).name})", scored, size, scores)
     return report, comparison_sheet(["photo", "painting", *networks, *map(str, results)], rows)
 
 
@@ -140,14 +150,13 @@ def check_names(names: Sequence[str]) -> None:
 class Network:
     """Redraws the ruler's squares and counts the seconds."""
 
-    def __init__(self, transfer: StyleTransfer, ruler: "Ruler", pair: tuple[Path, Path, Path]) -> None:
+    def __init__(self, transfer: StyleTransfer, ruler: "Ruler") -> None:
         self.transfer, self.square, self.seconds = transfer, ruler.square, []
-        with torch.inference_mode():
-            self(*pair[:2])
-        self.seconds.clear()  # the first call sets up
 
     def __call__(self, photo: Path, painting: Path) -> Tensor:
         pictures = [to_pil(self.square(path)) for path in (photo, painting)]
+        if not self.seconds:
+            self.transfer.stylize(*pictures)  # the first call sets up
         started = time.perf_counter()
         output = self.transfer.stylize(*pictures)
         self.seconds.append(time.perf_counter() - started)

@@ -28,6 +28,7 @@ _SUFFIXES = {suffix: name for suffix, name in Image.registered_extensions().item
 _HEIC_SUFFIXES = (".heic", ".heif")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis")  # one of them is named in the first bytes of a file
 _ALPHA_FORMATS = ("PNG", "WEBP", "TIFF", "AVIF", "JPEG2000")
+_LARGEST_SIDES = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65536, "GIF": 65535}  # pixels that they can hold
 _SOME_SUFFIXES = ".png, .jpg, .webp or .tiff"
 _DAMAGED_REMEDY = "convert it to 8-bit PNG, or get an undamaged copy"
 
@@ -137,11 +138,13 @@ def resize_short_side(image: Image.Image, size: int | None, name: str = "size") 
     Raises ValueError, which calls it `name`, if `size` is neither None nor a positive int.
     """
     size = check_size(size, name)
-    if size is None:
-        return image
-    short = min(image.size)
-    width, height = (round(side * size / short) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return image if size is None else image.resize(with_short_side(image.size, size), Image.Resampling.LANCZOS)
+
+
+def with_short_side(sides: tuple[int, int], size: int) -> tuple[int, int]:
+    """Width and height of a picture once its short side is at `size` pixels."""
+    width, height = (round(side * size / min(sides)) for side in sides)
+    return width, height
 
 
 def transfer_color(stylized: Image.Image, content: Image.Image) -> Image.Image:
@@ -172,12 +175,14 @@ def write_image(
     `quality` (1 to 100) counts for JPEG, WebP and AVIF. A file appears whole or not at all: if writing fails,
     an earlier file of that name is kept.
 
-    Raises ImageError if the format is unknown or writing fails, ValueError if `quality` is out of range.
+    Raises ImageError if the format is unknown or cannot hold so large a picture, or if writing fails, ValueError if
+    `quality` is out of range.
     """
     quality = check_quality(quality)
     is_path = isinstance(target, (str, os.PathLike))
     name = target if is_path else getattr(target, "name", "the stream")
     encoder = _format_of(target if is_path else "", format, name)
+    _check_sides(image.size, encoder, name)
     try:
         data = _encode(image, alpha if encoder in _ALPHA_FORMATS else None, encoder, quality)
         if is_path:
@@ -217,6 +222,11 @@ def check_quality(quality: SupportsIndex) -> int:
 def check_suffix(path: str | os.PathLike) -> None:
     """Raises ImageError if `write_image` knows no format for a file of that name."""
     _format_of(path, None, path)
+
+
+def check_sides(sides: tuple[int, int], path: str | os.PathLike) -> None:
+    """Raises ImageError if the format of a file of that name cannot hold a picture of that width and height."""
+    _check_sides(sides, _format_of(path, None, path), path)
 
 
 def result_stem(photo: str, painting: str) -> str:
@@ -417,6 +427,15 @@ def _format_of(target: str | os.PathLike, format: str | None, name: object) -> s
     if suffix.lower() not in _SUFFIXES:
         raise ImageError(f"cannot write {name}: format {suffix!r} is not known; use {_SOME_SUFFIXES}")
     return _SUFFIXES[suffix.lower()]
+
+
+def _check_sides(sides: tuple[int, int], encoder: str, name: object) -> None:
+    largest = _LARGEST_SIDES.get(encoder, math.inf)
+    if max(sides) > largest:
+        raise ImageError(
+            f"cannot write {name}: {encoder} holds sides of up to {largest} pixels, and the picture is "
+            f"{sides[0]}x{sides[1]}; write a .png or .tiff, or make it smaller (--size, size=)"
+        )
 
 
 def _encode(image: Image.Image, alpha: Image.Image | None, encoder: str, quality: int) -> bytes:

@@ -273,6 +273,17 @@ def test_one_photo_that_grows_too_large_among_good_ones(capsys, tmp_path, styliz
     assert files(tmp_path / "out") == ["good_stylized_painting.png"]
 
 
+def test_sides_that_the_format_cannot_hold(capsys, tmp_path, stylize, painting, monkeypatch):
+    """Told before anything is computed; the other pictures are made."""
+    photos = [picture(tmp_path / "long.webp", 200, 2), picture(tmp_path / "good.webp", 40, 34)]
+    sizes, compute = [], StyleTransfer.stylize
+    monkeypatch.setattr(StyleTransfer, "stylize", lambda *x, **y: sizes.append(x[1].rgb.size) or compute(*x, **y))
+    assert main([str(x) for x in stylize(photos, painting, tmp_path / "out", "--size", 164)]) == 2
+    assert "WEBP holds sides of up to 16383 pixels, and the picture is 16400x164" in capsys.readouterr().err
+    assert files(tmp_path / "out") == ["good_stylized_painting.webp"]
+    assert sizes == [(40, 34)]
+
+
 def test_folder_without_pictures(capsys, tmp_path, stylize, photo):
     (tmp_path / "empty").mkdir()
     message = refusal(capsys, *stylize(tmp_path / "empty", photo, tmp_path / "out.png"))

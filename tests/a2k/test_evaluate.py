@@ -1,6 +1,8 @@
 import json
 import re
+import sys
 import tracemalloc
+import warnings
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -101,6 +103,40 @@ def test_square(tmp_path):
     whole = load_square(picture(tmp_path / "square.png", 32, 32), 32)
     assert torch.equal(whole, load_square(tmp_path / "square.png", 32))
     assert load_square(picture(tmp_path / "line.png", 100, 1), 32).shape == (1, 3, 32, 32)
+
+
+# --- pictures that cannot be read
+
+
+@pytest.mark.parametrize("broken", ("content", "style"))
+def test_pairs_that_cannot_be_read_are_left_out(folders, tmp_path, broken, quick):
+    """Of all rows, and rows of the sheet. The first pair is one of them."""
+    path = tmp_path / broken / "0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.warns(UserWarning, match=f"skipped: cannot read {path}: "):
+        report, sheet = evaluate(*folders, "vgg", {"stub": stub(lambda photo, painting: painting)}, size=32)
+    assert 0 < report.pairs < 9
+    assert [scores.name for scores in report.scores] == ["photo unchanged", "stub"]
+    assert report.scores[1].style_loss == pytest.approx(0, abs=1e-6)
+    assert sheet.height > 256
+
+
+def test_the_program_tells_of_them_in_a_line_each(capsys, monkeypatch, folders, command, quick):
+    path = folders[0] / "1.png"
+    path.write_bytes(b"")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "argv", ["a2k", *map(str, command)])
+    assert main() == 0
+    output = capsys.readouterr()
+    assert output.err.startswith(f"a2k: warning: skipped: cannot read {path}: ") and output.err.count("\n") == 1
+    assert output.out.startswith("6 pairs at 32 px")
+
+
+def test_no_pair_can_be_read(folders, tmp_path, quick):
+    for path in (tmp_path / "content").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ImageError, match="none of 9 pairs could be scored"):
+        evaluate(*folders, "vgg", {}, size=32)
 
 
 # --- measures
@@ -237,7 +273,7 @@ def test_holdout(folders):
         (folder / "0.png").write_bytes(b"broken")
     identity = {"stub": stub(lambda content, style: content)}
     assert evaluate(*folders, "vgg", identity, size=32, holdout=2)[0].pairs == 4
-    with pytest.raises(ImageError, match=r"cannot read .*0\.png"):
+    with pytest.warns(UserWarning, match=r"skipped: cannot read .*0\.png"):
         evaluate(*folders, "vgg", identity, size=32)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from tiny import files
 
 from a2k import images
 from a2k.images import (
     ImageError,
+    check_sides,
     find_images,
     read_image,
     resize_short_side,
@@ -1030,3 +1032,15 @@ def test_find_images_names_a_folder_without_pictures(tmp_path):
     with pytest.raises(ImageError) as caught:
         find_images([tmp_path])
     one_line(caught, tmp_path, "no pictures", ".png")
+
+
+@pytest.mark.parametrize(("suffix", "largest"), [(".jpg", 65500), (".webp", 16383), (".avif", 65536), (".gif", 65535)])
+def test_sides_that_a_format_holds(tmp_path, suffix, largest):
+    write_image(Image.new("RGB", (largest, 2)), tmp_path / f"at{suffix}")
+    check_sides((2, largest), f"x{suffix}")
+    message = f"sides of up to {largest} pixels, and the picture is 2x{largest + 1}; write a .png"
+    with pytest.raises(ImageError, match=message):
+        check_sides((2, largest + 1), f"x{suffix}")
+    with pytest.raises(ImageError, match=message):
+        write_image(Image.new("RGB", (2, largest + 1)), tmp_path / f"over{suffix}")
+    assert files(tmp_path) == [f"at{suffix}"]
