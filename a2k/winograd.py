@@ -6,7 +6,6 @@ tiles and channels the products at one point are a matrix product; all of them r
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import pairwise, product
 from math import ceil
 
@@ -31,7 +30,6 @@ POINTS = {
 }
 LEAST_WEIGHTS = 128 * 256 * 9  # of a layer where it pays
 LEAST_IF_TRANSFORMS_ARE_FAST = 128 * 128 * 9  # in float32
-LEAST_IF_PRODUCTS_ARE_FAST = 512 * 512 * 9  # in bfloat16, by AMX
 
 
 def transforms(taps: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,14 +60,7 @@ def pays(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.float32:
         return weight.numel() >= (LEAST_IF_TRANSFORMS_ARE_FAST if has_fast_mkl() else LEAST_WEIGHTS)
-    least = LEAST_IF_PRODUCTS_ARE_FAST if has_amx() else LEAST_WEIGHTS
-    return weight.numel() >= least and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@lru_cache
-def has_amx() -> bool:
-    """Whether the processor multiplies matrices of bfloat16, some eight times as fast as of float32."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return weight.numel() >= LEAST_WEIGHTS and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Winograd:

@@ -139,7 +139,6 @@ def test_only_the_map_itself_is_kept(convolve, plain, example):
 def preparations(monkeypatch):
     """A list that grows with every kernel that is prepared, while none is kept yet."""
     made, winograd = [], a2k.convolution.Winograd
-    monkeypatch.setattr(a2k.winograd, "has_amx", lambda: False)  # which would make torch's convolution the faster
     monkeypatch.setattr(a2k.convolution, "Winograd", lambda *x: made.append(x) or winograd(*x))
     monkeypatch.setattr(a2k.convolution, "prepared", a2k.convolution.PreparedKernels())
     return made
