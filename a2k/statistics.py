@@ -50,7 +50,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
     elif x.dtype in (torch.bfloat16, torch.float16):
         mean, variance = (torch.stack(parts) for parts in zip(*map(moments_in_16_bit, x), strict=True))
-    else:
+    else:  # over channels_last maps torch.var_mean is slow on a processor
         x = x.permute(0, 2, 3, 1).flatten(2).view(len(x), *x.shape[2:], -1).float()
         rounded = sum_of_points(x) / points
         x = x - rounded[:, None, None]
