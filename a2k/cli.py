@@ -122,12 +122,14 @@ def memory_size(text: str) -> int:
 
 
 def run_stylize(arguments: argparse.Namespace) -> int:
+    import torch
     from tqdm import tqdm
 
     from a2k.allocator import keep_freed_tiles
     from a2k.stylize import StyleTransfer
 
     keep_freed_tiles()
+    torch.set_flush_denormal(True)  # attention makes many, and processors take long for them
     jobs = list(plan_pictures(arguments.content, arguments.style, arguments.output))
     check_numbers(arguments)
     transfer = StyleTransfer(
@@ -328,12 +330,15 @@ def add_evaluate(commands) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
     from a2k.allocator import keep_freed_tiles
     from a2k.evaluate import check_names, evaluate
     from a2k.images import check_suffix, write_image
     from a2k.stylize import StyleTransfer
 
     keep_freed_tiles()
+    torch.set_flush_denormal(True)  # as run_stylize does
     if arguments.sheet:
         check_suffix(arguments.sheet)
     networks = ["a2k-lite"] if arguments.weights is None else arguments.weights

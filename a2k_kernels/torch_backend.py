@@ -74,7 +74,17 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, exists: Ten
         scores = at_least_float32(scores)
     if exists is not None:
         scores = scores.masked_fill(~exists, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+    return softmax(scores).to(v.dtype) @ v
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension. On a processor float32 weights below 1e-38 become 0: with these denormal numbers
+    products are several times slower, and scores that are far apart make many of them.
+    """
+    weights = scores.softmax(-1)
+    if weights.device.type != "cpu" or weights.dtype != torch.float32 or weights.requires_grad:
+        return weights
+    return F.threshold_(weights, torch.finfo(torch.float32).tiny, 0.0)
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -182,7 +192,7 @@ def attend_in_cache(query: Tensor, key_agg: Tensor, value_agg: Tensor, scale: fl
         rows = max(1, CACHE_SCORES // max(1, B * count * n))
         for band, target in zip(q[:, heads].split(rows, 2), out[:, :, heads].split(rows, 1), strict=True):
             scores = times_transposed(scale * band, key_agg[:, heads])
-            attended = times_transposed(scores.softmax(-1), value_agg[:, heads].mT)
+            attended = times_transposed(softmax(scores), value_agg[:, heads].mT)
             target.copy_(attended.transpose(1, 2))
     return out.flatten(2).unflatten(1, (H, W)).permute(0, 3, 1, 2)
 

@@ -107,10 +107,16 @@ def picture(size: int, device: str = "cpu") -> torch.Tensor:
     return pixels.permute(0, 3, 1, 2).to(device)
 
 
+def as_the_command_does() -> None:
+    """What `a2k stylize` asks of its process."""
+    keep_freed_tiles()
+    torch.set_flush_denormal(True)
+
+
 def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     """In this process: the faster of two runs, the second one left out for large pictures."""
     if arrangement != "published":
-        keep_freed_tiles()  # as `a2k stylize` does
+        as_the_command_does()
     (run, work), content, style = network(arrangement), picture(size), picture(style_size)
     rate = convolution_rate(torch.bfloat16 if arrangement == "bfloat16" else torch.float32)
     if arrangement == "published":
@@ -142,7 +148,7 @@ def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
     """Seconds of the stages of one picture, its style included, in this process, by the second of two runs."""
     from a2k import inference
 
-    keep_freed_tiles()
+    as_the_command_does()
     (run, _), content, style = network(arrangement), picture(size), picture(size)
     spent, inside = {}, []
 
@@ -328,8 +334,9 @@ Time for one picture, its style included, and the peak memory of the process, on
   unfolded copies of blocks, whole score tensors ([benchmarks/published.py](../benchmarks/published.py), tested against
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
 - *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it, which
-  has the C library keep freed tiles; in your own programs `a2k.allocator.keep_freed_tiles()` does. The ratio is to
-  *published* in the same run.
+  has the C library keep freed tiles and the processor take denormal numbers for zero; in your own programs
+  `a2k.allocator.keep_freed_tiles()` and, first of all, `torch.set_flush_denormal(True)` do. The ratio is to *published*
+  in the same run.
 - *styled*: the shape of the bundled network, float32.
 
 Up to {LARGEST_PUBLISHED} px the figures are medians of rounds in which the arrangements take turns.

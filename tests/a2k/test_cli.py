@@ -273,6 +273,15 @@ def test_one_photo_that_grows_too_large_among_good_ones(capsys, tmp_path, styliz
     assert files(tmp_path / "out") == ["good_stylized_painting.png"]
 
 
+def test_denormal_numbers_are_zero(stylize, photo, painting, tmp_path):
+    torch.set_flush_denormal(False)
+    small = torch.tensor([2e-38])
+    assert small / 4 > 0
+    assert main([str(x) for x in stylize(photo, painting, tmp_path / "out.png")]) == 0
+    assert small / 4 == 0
+    torch.set_flush_denormal(False)
+
+
 def test_sides_that_the_format_cannot_hold(capsys, tmp_path, stylize, painting, monkeypatch):
     """Told before anything is computed; the other pictures are made."""
     photos = [picture(tmp_path / "long.webp", 200, 2), picture(tmp_path / "good.webp", 40, 34)]

@@ -233,3 +233,21 @@ def test_compiles_without_graph_break(operation, band_elements, monkeypatch):
         )
         for x, y in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(x, y)
+
+
+def test_weights_that_underflow_are_zero():
+    """And no others: denormal numbers are slow to multiply."""
+    torch.set_flush_denormal(False)
+    scores = torch.tensor(
+        [[0.0, -80.0, -95.0, -200.0], [0.0, 0.0, float("-inf"), -80.0], [0.0, float("nan"), 1.0, 2.0]]
+    )
+    expected = scores.softmax(-1)
+    assert 0 < expected[0, 2] < torch.finfo(torch.float32).tiny
+    expected[0, 2] = 0
+    torch.testing.assert_close(torch_backend.softmax(scores), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_with_a_gradient_are_those_of_softmax():
+    scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(torch_backend.softmax, scores.detach().requires_grad_())
+    assert torch.equal(torch_backend.softmax(scores), scores.softmax(-1))
