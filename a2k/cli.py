@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from a2k.allocator import restart_without_thread_caches
+from a2k.allocator import keep_freed_tiles, restart_without_thread_caches
 from a2k.cli_train import add_train, run_train, with_config_file
 from a2k.version import __version__
 
@@ -50,6 +50,14 @@ def print_warning(warning: Warning | str, *_place: object) -> None:
 
     with tqdm.external_write_mode():
         print(f"a2k: warning: {warning}", file=sys.stderr)
+
+
+def prepare_process() -> None:
+    """What redrawing is faster with, before PyTorch starts its threads."""
+    import torch
+
+    keep_freed_tiles()
+    torch.set_flush_denormal(True)  # attention makes many, and processors take long for them
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,14 +130,11 @@ def memory_size(text: str) -> int:
 
 
 def run_stylize(arguments: argparse.Namespace) -> int:
-    import torch
     from tqdm import tqdm
 
-    from a2k.allocator import keep_freed_tiles
     from a2k.stylize import StyleTransfer
 
-    keep_freed_tiles()
-    torch.set_flush_denormal(True)  # attention makes many, and processors take long for them
+    prepare_process()
     jobs = list(plan_pictures(arguments.content, arguments.style, arguments.output))
     check_numbers(arguments)
     transfer = StyleTransfer(
@@ -330,15 +335,11 @@ def add_evaluate(commands) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from a2k.allocator import keep_freed_tiles
     from a2k.evaluate import check_names, evaluate
     from a2k.images import check_suffix, write_image
     from a2k.stylize import StyleTransfer
 
-    keep_freed_tiles()
-    torch.set_flush_denormal(True)  # as run_stylize does
+    prepare_process()
     if arguments.sheet:
         check_suffix(arguments.sheet)
     networks = ["a2k-lite"] if arguments.weights is None else arguments.weights

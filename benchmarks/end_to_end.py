@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from a2k.allocator import keep_freed_tiles
+from a2k.cli import prepare_process
 
 ROOT = Path(__file__).parents[1]
 ARRANGEMENTS = ("published", "float32", "bfloat16", "styled")
@@ -107,16 +107,10 @@ def picture(size: int, device: str = "cpu") -> torch.Tensor:
     return pixels.permute(0, 3, 1, 2).to(device)
 
 
-def as_the_command_does() -> None:
-    """What `a2k stylize` asks of its process."""
-    keep_freed_tiles()
-    torch.set_flush_denormal(True)
-
-
 def measure(arrangement: str, size: int, style_size: int) -> Measurement:
     """In this process: the faster of two runs, the second one left out for large pictures."""
     if arrangement != "published":
-        as_the_command_does()
+        prepare_process()  # as `a2k stylize` does
     (run, work), content, style = network(arrangement), picture(size), picture(style_size)
     rate = convolution_rate(torch.bfloat16 if arrangement == "bfloat16" else torch.float32)
     if arrangement == "published":
@@ -148,7 +142,7 @@ def stage_seconds(arrangement: str, size: int) -> dict[str, float]:
     """Seconds of the stages of one picture, its style included, in this process, by the second of two runs."""
     from a2k import inference
 
-    as_the_command_does()
+    prepare_process()
     (run, _), content, style = network(arrangement), picture(size), picture(size)
     spent, inside = {}, []
 
