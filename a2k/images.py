@@ -317,7 +317,7 @@ def _to_picture(image: Image.Image, name: object, max_pixels: int, short_side: i
     if width * height > max_pixels:
         raise ImageError(
             f"{name} is {width}x{height}, {width * height} pixels, over the limit of {max_pixels}; "
-            "shrink it or raise the limit (--max-pixels, max_pixels=)"
+            "shrink it or raise the limit (max_pixels=, a2k stylize --max-pixels)"
         )
     if width * height == 0:
         raise ImageError(f"{name} is {width}x{height} and so has no pixels; give another")

@@ -146,7 +146,7 @@ class StyleTransfer:
             if width * height > self.max_pixels:
                 raise ImageError(
                     f"{name}={size} makes a picture of {width * height:.0f} pixels, over the limit of "
-                    f"{self.max_pixels}; lower it or raise the limit (--max-pixels, max_pixels=)"
+                    f"{self.max_pixels}; lower it or raise the limit (max_pixels=, a2k stylize --max-pixels)"
                 )
         return resize_short_side(image, size, name)
 

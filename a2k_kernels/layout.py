@@ -14,6 +14,8 @@ def output_format(query: Tensor) -> torch.memory_format:
 class KeepGradLayout(torch.autograd.Function):
     """Identity whose gradient has the input's memory format, whatever the operations behind it prefer."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)

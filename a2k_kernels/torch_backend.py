@@ -107,6 +107,8 @@ def is_finite(x: Tensor) -> bool:
 class OnceDifferentiable(torch.autograd.Function):
     """Identity before an operation without a second derivative: asking for one says what to do instead."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -167,7 +169,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
             # On a processor a row whose scores are all NaN would come out as zeros: the first one tells.
             if not (infers and is_finite(q) and is_finite(k_agg)):
                 first_score = q.detach() @ k_agg[:, :, :1].detach().mT
-                out = out + (first_score - first_score)
+                out = out.masked_fill(first_score.isnan(), math.nan)
         else:
             out = softmax_attention(q, k_agg, v_agg, scale)
         return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
@@ -237,7 +239,7 @@ def match_and_attend(query, key, value, *, block_size, num_heads, scale):
     row_elements = B * cols * (points * (points + 2 * d + d_v) + key_blocks[0] * key_blocks[1])  # of one head
     most = min(BAND_ELEMENTS, CACHE_ELEMENTS)
     out = query.new_empty(B, H, W, num_heads * d_v).permute(0, 3, 1, 2)
-    index = torch.empty(B, num_heads, rows, cols, dtype=torch.int32, device=query.device)
+    index = query.new_empty(B, num_heads, rows, cols, dtype=torch.int32)
     for first, count in head_groups(num_heads, rows * row_elements, most):
         heads = slice(first, first + count)
         k, v = (group_blocks(x, block_size, num_heads, first, count) for x in (key, value))

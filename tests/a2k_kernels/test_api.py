@@ -688,6 +688,27 @@ def test_functional_gradients(backend, operation, band_elements, seed, monkeypat
         torch.testing.assert_close(actual[name], expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("operation", [x for x in DIFFERENTIABLE if x != "block_attention"])  # which reads its index
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap(backend, operation, seed):
+    """Of outputs and of gradients, one sample at a time."""
+    cases = [make_case(operation, seed=seed + i) for i in range(3)]
+    maps = {name: torch.stack([case.tensors[name].detach() for case in cases]) for name in cases[0].tensors}
+
+    def out(tensors):
+        return cases[0].run(backend, **tensors)[0]
+
+    def grad(tensors):
+        return torch.func.grad(lambda x: out(x).square().sum())(tensors)
+
+    for function in (out, grad):
+        expected = [function({name: x[i] for name, x in maps.items()}) for i in range(3)]
+        expected = torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *expected)
+        torch.testing.assert_close(torch.vmap(function)(maps), expected)
+
+
 @pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
 @pytest.mark.parametrize("operation", [x for x in DIFFERENTIABLE if x != "block_attention"])  # which reads its index
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -92,6 +92,17 @@ def test_what_is_not_finite_is_seen(name, value, fast_mkl, monkeypatch):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("number", (0, 3))
+def test_a_score_of_minus_infinity_has_no_weight(number, training):
+    query, key, values = torch.rand(1, 8, 3, 4) + 0.1, torch.rand(1, 2, 5, 4), torch.rand(1, 2, 5, 4)
+    key[0, 1, number, 1] = float("-inf")
+    values.requires_grad_(training)
+    expected, actual = (attend_aggregates(query, key, values, backend=x) for x in ("reference", "torch"))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(actual, expected)
+
+
 def test_one_set_of_keys_serves_a_batch():
     query, keys, values = torch.randn(3, 6, 4, 5), torch.randn(1, 2, 7, 3), torch.randn(1, 2, 7, 2)
     out = attend_aggregates(query, keys.expand(3, -1, -1, -1), values.expand(3, -1, -1, -1))
