@@ -1,9 +1,12 @@
 """What a training run is told: `Recipe`, which differs between networks, and `TrainOptions`."""
 
 import math
+import os
 from dataclasses import asdict, dataclass
 
 from a2k.schedules import SCHEDULES
+
+WORKERS_PER_PROCESSOR = 4  # thousands of them would take all memory, and with it the machine
 
 
 class TrainingError(ValueError):
@@ -98,6 +101,8 @@ class TrainOptions:
         for name, lowest in (*((name, 1) for name in at_least_1), ("workers", 0), ("seed", 0)):
             if getattr(self, name) < lowest:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        if self.workers > (most := WORKERS_PER_PROCESSOR * os.cpu_count()):
+            raise TrainingError(f"workers is {self.workers}; on {os.cpu_count()} processors give at most {most}")
         least = -(-(max(self.crop) ** 2) // min(self.crop) ** 2)
         if self.batch_size < least:
             raise TrainingError(

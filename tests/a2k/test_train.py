@@ -624,6 +624,7 @@ def test_long_and_tiny_pictures(options):
         (("--steps", 0), "steps is 0; it must be at least 1"),
         (("--checkpoint-steps", 0), "checkpoint_steps is 0; it must be at least 1"),
         (("--workers", -1), "workers is -1; it must be at least 0"),
+        (("--workers", 1000000), "workers is 1000000; on "),
         (("--seed", -1), "seed is -1; it must be at least 0"),
         (("--lr", -1), "earning rate"),
         (("--ema-decay", 1), "ema_decay is 1.0; it must be at least 0 and below 1"),
