@@ -5,6 +5,7 @@ float64 stays float64, and must agree. Blocks are matched as they are given, wit
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from numbers import Real
 from types import ModuleType
@@ -15,6 +16,7 @@ from torch import Tensor
 from a2k_kernels import reference, torch_backend
 from a2k_kernels.blocks import count_blocks
 from a2k_kernels.layout import keep_grad_layout, output_format
+from a2k_kernels.products import is_transformed
 
 BACKENDS = ("triton", "torch", "reference")
 MAX_BLOCK_SIZE, MAX_HEAD_DIM = 16, 256  # of the Triton kernels
@@ -60,7 +62,8 @@ def block_aggregate(
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
     blocks = {"block_size": smallest_size(block_size, key), "num_heads": num_heads}
     with no_autocast(key):
-        return backend_for(backend, key, value, **blocks).block_aggregate(key, value, alpha, beta, **blocks)
+        run = backend_for(backend, key, value, scalars=(alpha, beta), **blocks).block_aggregate
+        return run(key, value, alpha, beta, **blocks)
 
 
 def distributed_attention(
@@ -99,7 +102,7 @@ def distributed_attention(
     alpha, beta = scalar("alpha", alpha, key), scalar("beta", beta, key)
     blocks = {"block_size": smallest_size(block_size, key), "num_heads": num_heads}
     with no_autocast(query):
-        run = backend_for(backend, query, key, value, **blocks).distributed_attention
+        run = backend_for(backend, query, key, value, scalars=(alpha, beta), **blocks).distributed_attention
         out = run(query, key, value, alpha, beta, scale=real("scale", scale), **blocks)
     return out.contiguous(memory_format=memory_format)
 
@@ -128,9 +131,8 @@ def attend_aggregates(
     query, key_agg, value_agg = (to_autocast_dtype(x) for x in (keep_grad_layout(query), key_agg, value_agg))
     widest = max(key_agg.shape[-1], value_agg.shape[-1])
     with no_autocast(query):
-        run = choose_backend(
-            backend, query, block_size=1, num_heads=key_agg.shape[1], head_dim=widest
-        ).attend_aggregates
+        heads = {"block_size": 1, "num_heads": key_agg.shape[1], "head_dim": widest}
+        run = choose_backend(backend, query, key_agg, value_agg, **heads).attend_aggregates
         out = run(query, key_agg, value_agg, scale=real("scale", scale))
     return out.contiguous(memory_format=memory_format)
 
@@ -244,13 +246,15 @@ def progressive_attention(
     return (out, index) if return_index else out
 
 
-def backend_for(backend: str | None, *maps: Tensor, block_size: int, num_heads: int) -> ModuleType:
-    """choose_backend for feature maps."""
+def backend_for(
+    backend: str | None, *maps: Tensor, scalars: tuple[Tensor, ...] = (), block_size: int, num_heads: int
+) -> ModuleType:
+    """choose_backend for feature maps, and alpha and beta."""
     widest = max(x.shape[1] // num_heads for x in maps)
-    return choose_backend(backend, maps[0], block_size=block_size, num_heads=num_heads, head_dim=widest)
+    return choose_backend(backend, *maps, *scalars, block_size=block_size, num_heads=num_heads, head_dim=widest)
 
 
-def choose_backend(backend: str | None, like: Tensor, **blocks: int) -> ModuleType:
+def choose_backend(backend: str | None, *tensors: Tensor, **blocks: int) -> ModuleType:
     """The backend's module: the argument, else the A2K_BACKEND variable, else automatic.
 
     Automatic is Triton on a GPU, where it can run, and otherwise PyTorch. An explicit choice never falls back: it
@@ -260,12 +264,12 @@ def choose_backend(backend: str | None, like: Tensor, **blocks: int) -> ModuleTy
     if backend is None:
         backend, source = os.environ.get("A2K_BACKEND") or None, "A2K_BACKEND"
     if backend is None:
-        backend = "triton" if like.is_cuda and not triton_obstacle(like, **blocks) else "torch"
+        backend = "triton" if tensors[0].is_cuda and not triton_obstacle(*tensors, **blocks) else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"{source} is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
     if backend != "triton":
         return {"torch": torch_backend, "reference": reference}[backend]
-    obstacle = triton_obstacle(like, **blocks)
+    obstacle = triton_obstacle(*tensors, **blocks)
     if obstacle:
         raise RuntimeError(f"{source} is 'triton', but {obstacle}; choose 'torch'")
     from a2k_kernels import ops  # imports Triton, which may be absent
@@ -273,8 +277,9 @@ def choose_backend(backend: str | None, like: Tensor, **blocks: int) -> ModuleTy
     return ops
 
 
-def triton_obstacle(like: Tensor, *, block_size: int, num_heads: int, head_dim: int) -> str | None:
-    """Why the Triton kernels cannot take tensors of like's batch, dtype and device and heads as wide, or None."""
+def triton_obstacle(*tensors: Tensor, block_size: int, num_heads: int, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot take these tensors, of which the first is a map, and heads as wide, or None."""
+    like = tensors[0]
     if not TRITON_FOUND:
         return "Triton is not installed"
     if like.dtype == torch.float64:
@@ -286,6 +291,8 @@ def triton_obstacle(like: Tensor, *, block_size: int, num_heads: int, head_dim: 
     # A batch size that is a symbol must not be bounded by being compared.
     if not torch.compiler.is_compiling() and like.shape[0] * num_heads > MAX_MAPS:
         return f"the batch is {like.shape[0]} maps of {num_heads} heads, over its {MAX_MAPS} together"
+    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or is_transformed(*tensors)):
+        return "its operators know neither torch.func's transforms nor forward-mode derivatives"
     if not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {like.device.type}, where it needs TRITON_INTERPRET=1, set before Python starts"
     return None
@@ -404,13 +411,14 @@ def scalar(name: str, number: float | Tensor, like: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast asks for, if it is on, else x's (float64 is left alone, as PyTorch does)."""
     device = x.device.type
-    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+    can_cast = torch.amp.is_autocast_available(device) and x.dtype != torch.float64  # meta tensors are never cast
+    return torch.get_autocast_dtype(device) if can_cast and torch.is_autocast_enabled(device) else x.dtype
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
     return x.to(autocast_dtype(x))
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

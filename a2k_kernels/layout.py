@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from a2k_kernels.products import is_transformed
+
 
 def output_format(query: Tensor) -> torch.memory_format:
     """channels_last for a query whose points are contiguous channel vectors, else contiguous."""
@@ -13,8 +15,6 @@ def output_format(query: Tensor) -> torch.memory_format:
 
 class KeepGradLayout(torch.autograd.Function):
     """Identity whose gradient has the input's memory format, whatever the operations behind it prefer."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -30,4 +30,7 @@ class KeepGradLayout(torch.autograd.Function):
 
 
 def keep_grad_layout(x: Tensor) -> Tensor:
-    return KeepGradLayout.apply(x) if x.requires_grad and torch.is_grad_enabled() else x
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
+    if not needs_grad or (not torch.compiler.is_compiling() and is_transformed(x)):
+        return x
+    return KeepGradLayout.apply(x)

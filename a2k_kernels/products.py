@@ -15,12 +15,16 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     On a processor oneDNN computes large products in float32: MKL, which is behind `@`, leaves half of what AVX-512 can
     do unused on processors that are not Intel's.
     """
-    flops = 2 * a.shape[-2] * a.shape[-1] * b.shape[-2]
-    if flops < LEAST_FLOPS or not has_onednn(a) or has_tangent(a, b) or not a.numel():
+    if not has_onednn(a) or is_transformed(a, b) or not is_large(a, b):
         return a @ b.mT
     products = [product(x, y) for x, y in zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)]
     out = torch.stack(products) if len(products) > 1 else products[0]
     return out.view(*a.shape[:-1], -1)
+
+
+def is_large(a: Tensor, b: Tensor) -> bool:
+    """Whether a (..., M, K) has matrices, and their products with b (..., N, K) are worth a call each."""
+    return a.numel() > 0 and 2 * a.shape[-2] * a.shape[-1] * b.shape[-2] >= LEAST_FLOPS
 
 
 @lru_cache
@@ -37,9 +41,12 @@ def has_onednn(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode derivatives may be computed: oneDNN's product would leave them out, silently."""
-    if torch._C._are_functorch_transforms_active():
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func.vmap or jvp is at work, or tensors have tangents (forward-mode derivatives): fused operations
+    would refuse the former, and leave out the latter, silently.
+    """
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() != torch._C._functorch.TransformType.Grad for transform in transforms):
         return True
     return any(unpack_dual(x).tangent is not None for x in tensors)
 

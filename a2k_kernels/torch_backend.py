@@ -7,6 +7,7 @@ several, so that no more than one band of scores is alive at a time.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,25 @@ from torch.utils.checkpoint import checkpoint
 
 from a2k_kernels.blocks import count_blocks, existing_points, merge_blocks, split_blocks
 from a2k_kernels.dtypes import at_least_float32
-from a2k_kernels.products import has_fast_mkl, has_tangent, times_transposed
+from a2k_kernels.products import has_fast_mkl, is_transformed, times_transposed
 
 BAND_ELEMENTS = 1 << 22  # elements of one band of scores or one group of blocks: 16 MiB in float32
 CACHE_SCORES = 1 << 20  # of a band of distributed attention, on a processor
 CACHE_ELEMENTS = 1 << 21  # of all that a band of progressive attention works on, on a processor
 
 
+def how_many(available: int, elements: int, most: int) -> int:
+    """How many of the available parts have at most `most` elements together: at least one. Sizes that are symbols, as
+    in torch.export, must not be compared, and there it is all.
+    """
+    if isinstance(available, torch.SymInt) or isinstance(elements, torch.SymInt):
+        return available
+    return max(1, min(available, most // max(1, elements)))
+
+
 def head_groups(num_heads: int, elements_per_head: int, most: int) -> Iterator[tuple[int, int]]:
     """(first head, number of heads) of groups of at most that many elements, but at least one head."""
-    step = max(1, min(num_heads, most // max(1, elements_per_head)))
+    step = how_many(num_heads, elements_per_head, most)
     for first in range(0, num_heads, step):
         yield first, min(step, num_heads - first)
 
@@ -46,17 +56,43 @@ def existing_if_cut(x: Tensor, block_size: int) -> Tensor | None:
     return existing_points(x.shape[-2:], block_size, x.device) if is_cut else None
 
 
-def in_bands(function: Callable, query: Tensor, band_rows: int) -> Tensor:
-    """function(query[:, :, top:bottom], top) over bands of band_rows rows, joined along the rows."""
+def in_bands(function: Callable, query: Tensor, band_rows: int, *others: Tensor) -> Tensor:
+    """function(query[:, :, top:bottom], top) over bands of band_rows rows, or whatever dimension 2 is, joined along
+    them. others: all other tensors that function reads.
+    """
     height = query.shape[2]
     if band_rows >= height:
         return function(query, 0)
     # The gradient of split is one copy; each slice's would be a map of the query's size, zero but for its band.
-    bands = list(zip(query.split(band_rows, 2), range(0, height, band_rows), strict=True))
+    bands = query.split(band_rows, 2)
+    tops = range(0, height, band_rows)
     # torch.func's transforms refuse the hooks that checkpoint needs; there every band's scores are kept.
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return torch.cat([checkpoint(function, *band, use_reentrant=False) for band in bands], 2)
-    return torch.cat([function(*band) for band in bands], 2)
+        function = function if torch.compiler.is_compiling() else if_unchanged(function, others)
+        # Copies: the query may be changed in place after the call, as on small maps.
+        function = partial(checkpoint, function, use_reentrant=False)
+        bands = [band.clone() for band in bands]
+    return torch.cat([function(*band) for band in zip(bands, tops, strict=True)], 2)
+
+
+def if_unchanged(function: Callable, tensors: tuple[Tensor, ...]) -> Callable:
+    """function, which fails if the tensors, that it reads, have been changed in place since. What is computed again in
+    the backward pass would else be of other values, silently.
+    """
+
+    def versions() -> list[int]:
+        return [0 if x.is_inference() else x._version for x in tensors]
+
+    def checked(*arguments):
+        if versions() != before:
+            raise RuntimeError(
+                "what attention was computed from has been changed by an inplace operation before its gradient is "
+                "computed; change a copy (clone())"
+            )
+        return function(*arguments)
+
+    before = versions()
+    return checked
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, exists: Tensor | None = None) -> Tensor:
@@ -93,10 +129,12 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def infers_on_cpu(*maps: Tensor) -> bool:
-    """Whether maps are on a processor, and no graph for gradients or a compiler is recorded and nothing is cast."""
+    """Whether maps are on a processor, no graph for gradients or a compiler is recorded, and nothing is cast or
+    transformed.
+    """
     is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in maps)
     is_special = is_recorded or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return maps[0].device.type == "cpu" and not is_special
+    return maps[0].device.type == "cpu" and not is_special and not is_transformed(*maps)
 
 
 def is_finite(x: Tensor) -> bool:
@@ -106,8 +144,6 @@ def is_finite(x: Tensor) -> bool:
 
 class OnceDifferentiable(torch.autograd.Function):
     """Identity before an operation without a second derivative: asking for one says what to do instead."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -153,33 +189,33 @@ def distributed_attention(query, key, value, alpha, beta, *, block_size, num_hea
 
 
 def attend_aggregates(query, key_agg, value_agg, *, scale):
-    """See reference.attend_aggregates."""
+    """See reference.attend_aggregates. A band is of points, wherever in the map they are."""
     k_agg, v_agg, num_heads = key_agg, value_agg, key_agg.shape[1]
-    B, _, _, W = query.shape
+    is_special = not torch.compiler.is_compiling() and is_transformed(query, k_agg, v_agg)
     # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
-    fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64
+    fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64 and not is_special
     streamed = fused and query.dtype != torch.float16  # it never holds all scores, so it needs no bands
     infers = query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg)
+    if infers and not (fused and has_fast_mkl()):
+        return attend_in_cache(query, k_agg, v_agg, scale)
 
-    def attend(band: Tensor, _top: int) -> Tensor:
-        q = band.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, rows * W, d)
+    def attend(q: Tensor, _first: int) -> Tensor:
         if fused:
             inputs = (unit_stride(x) if streamed else x for x in (q, k_agg, v_agg))
             out = F.scaled_dot_product_attention(*(OnceDifferentiable.apply(x) for x in inputs), scale=scale)
             # On a processor a row whose scores are all NaN would come out as zeros: the first one tells.
-            if not (infers and is_finite(q) and is_finite(k_agg)):
-                first_score = q.detach() @ k_agg[:, :, :1].detach().mT
+            if not (infers and is_finite(q) and is_finite(k_agg) and math.isfinite(scale)):
+                first_score = (scale * q.detach()) @ k_agg[:, :, :1].detach().mT
                 out = out.masked_fill(first_score.isnan(), math.nan)
         else:
             out = softmax_attention(q, k_agg, v_agg, scale)
-        return out.transpose(1, 2).flatten(2).unflatten(1, (-1, W)).permute(0, 3, 1, 2)
+        return out
 
-    if infers and (not (fused and has_fast_mkl()) or has_tangent(query, k_agg, v_agg)):
-        return attend_in_cache(query, k_agg, v_agg, scale)
-    if streamed:
-        return attend(query, 0)
-    scores_per_row = B * num_heads * W * k_agg.shape[2]
-    return in_bands(attend, query, max(1, BAND_ELEMENTS // max(1, scores_per_row)))
+    q = query.flatten(2).unflatten(1, (num_heads, -1)).mT  # (B, heads, points, d)
+    scores_per_point = query.shape[0] * num_heads * k_agg.shape[2]
+    band = q.shape[2] if streamed else how_many(q.shape[2], scores_per_point, BAND_ELEMENTS)
+    out = in_bands(attend, q, band, k_agg, v_agg)  # (B, heads, points, d_v)
+    return out.transpose(1, 2).flatten(2).unflatten(1, query.shape[2:]).permute(0, 3, 1, 2)
 
 
 def attend_in_cache(query: Tensor, key_agg: Tensor, value_agg: Tensor, scale: float) -> Tensor:
@@ -205,7 +241,7 @@ def block_match(query, key, *, block_size, num_heads):
     groups = []
     for group in head_groups(num_heads, key.numel() // num_heads, BAND_ELEMENTS):
         q, k = (at_least_float32(group_blocks(x, block_size, num_heads, *group).flatten(-2)) for x in (query, key))
-        band = max(1, BAND_ELEMENTS // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
+        band = how_many(q.shape[2], k.shape[0] * k.shape[1] * k.shape[2], BAND_ELEMENTS)
         groups.append(join([times_transposed(rows, k).argmax(-1).int() for rows in q.split(band, 2)], 2))
     return join(groups, 1)
 
@@ -262,7 +298,9 @@ def block_attention(query, key, value, index, *, block_size, num_heads, scale):
     key_rows, key_cols = count_blocks(key.shape[-2:], block_size)
     unchecked = index.device.type != "cpu" or torch.compiler.is_compiling()
     missing = (index < 0) | (index >= key_rows * key_cols) if unchecked else None
-    index = index.long().clamp(0, key_rows * key_cols - 1) if unchecked else index.long()
+    index = index.to(torch.int64, copy=True)  # which may be changed in place after the call
+    if unchecked:
+        index = index.clamp(0, key_rows * key_cols - 1)
     exists = existing_if_cut(key, block_size)
     cols = count_blocks((H, W), block_size)[1]
 
@@ -282,6 +320,7 @@ def block_attention(query, key, value, index, *, block_size, num_heads, scale):
 
         d = query.shape[1] // num_heads
         block_row = B * count * cols * block_size**2 * (block_size**2 + 2 * d + v.shape[-1])
-        band_rows = block_size * max(1, BAND_ELEMENTS // max(1, block_row))
-        groups.append(in_bands(attend, query[:, first * d : (first + count) * d], band_rows))
+        block_rows = count_blocks((H, W), block_size)[0]
+        band_rows = block_size * how_many(block_rows, block_row, BAND_ELEMENTS)
+        groups.append(in_bands(attend, query[:, first * d : (first + count) * d], band_rows, k, v))
     return join(groups, 1)

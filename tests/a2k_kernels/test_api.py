@@ -307,6 +307,16 @@ def test_automatic_choice():
     assert choice(gpu_map(batch=32768)) is torch_backend
     assert choice(torch.ones(1, 8, 9, 9)) is torch_backend
 
+    def choice_within(x):
+        chosen.append(choice(gpu_map(), x))
+        return x * 1
+
+    chosen, x = [], torch.ones(1, 8, 9, 9)
+    torch.func.vmap(choice_within)(x[None])
+    torch.func.grad(lambda x: choice_within(x).sum())(x)
+    torch.func.jvp(choice_within, (x,), (x,))
+    assert chosen == [torch_backend] * 3
+
 
 def test_import_is_light():
     """The kernels package needs neither the model package nor Triton nor Pillow."""
@@ -478,6 +488,8 @@ def test_float16_scores_may_exceed_its_range(backend, operation, layout, d_v):
         case = make_case(operation, d_k=4, d_v=d_v, scale=scale, dtype=torch.float16, layouts=(layout,) * 3)
         for name in ("query", "key"):
             case.tensors[name].detach().mul_(20).add_(300)
+        if "alpha" in case.tensors:  # all gates open, so that aggregated keys are as large
+            case.tensors["alpha"].detach().fill_(1)
         out, expected = case.run(backend)[0], case.converted(torch.float64).run("reference")[0]
         assert out.isfinite().all()
         if operation != "distributed_attention" or scale < 1:  # else rounding the aggregated keys changes the winner
@@ -646,6 +658,25 @@ def test_inputs_are_left_as_they_are(backend, operation):
         assert all(x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() for out in outs)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_tensors_have_shapes(backend, operation):
+    case = make_case(operation)
+    outs = case.run(backend, **{name: x.to("meta") for name, x in case.tensors.items()})
+    for x, expected in zip(outs, case.run(backend), strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+@pytest.mark.parametrize("d_v", [3, 5])
+@pytest.mark.parametrize("operation", WITH_MAP_OUTPUT)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_of_nan_is_seen(backend, operation, d_v):
+    case = make_case(operation, d_v=d_v, scale=float("nan"))
+    assert case.run(backend)[0].isnan().all()
+    with torch.no_grad():
+        assert case.run(backend)[0].isnan().all()
+
+
 # Gradients -----------------------------------------------------------------------------------------------
 
 
@@ -772,6 +803,58 @@ def test_forward_mode_derivatives_equal_reference(operation, seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("operation", WITH_MAP_OUTPUT)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_derivatives_of_what_is_trained(backend, operation, seed):
+    """All tensors require a gradient: the one with a tangent, and those that a function captures."""
+    case = make_case(operation, d_k=4, d_v=4, seed=seed)
+    query = case.tensors["query"].detach()
+    tangent = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed))
+
+    def derivative(backend, **others):
+        out = torch.func.jvp(lambda x: case.run(backend, query=x, **others)[0], (query,), (tangent,))[1]
+        return out.detach()
+
+    expected = derivative("reference", **{name: x.detach() for name, x in case.tensors.items() if name != "query"})
+    captured = derivative(backend)
+    with forward_ad.dual_level():
+        out = case.run(backend, query=forward_ad.make_dual(query.clone().requires_grad_(), tangent))[0]
+        dual = forward_ad.unpack_dual(out).tangent
+    assert expected.abs().max() > 0.1
+    assert_near(captured, expected, 1e-4, "jvp")
+    assert_near(dual, expected, 1e-4, "dual")
+
+
+@pytest.mark.parametrize("band_elements", [100, 1 << 22])
+@pytest.mark.parametrize("operation", WITH_MAP_OUTPUT)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_may_be_changed_after_the_call(backend, operation, band_elements, monkeypatch):
+    """Query and index, whose buffers are used again: the gradients are those of what was given, or it raises."""
+    monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", band_elements)
+
+    def gradients(changed=None):
+        case = make_case(operation)
+        given = {"query": case.tensors["query"] * 1}
+        if operation == "block_attention":
+            given["index"] = case.tensors["index"].long()
+        out = case.run(backend, **given)[0]
+        if changed in given:
+            with torch.no_grad():
+                given[changed].zero_()
+        return torch.autograd.grad(out.square().sum(), case.differentiable().values())
+
+    expected = gradients()
+    for name in ("query", "index"):
+        try:
+            actual = gradients(changed=name)
+        except RuntimeError as error:
+            assert "inplace" in str(error)
+        else:
+            for x, y in zip(actual, expected, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_default_device_does_not_matter(backend, operation, seed):
@@ -816,3 +899,22 @@ def test_exports_for_maps_of_any_size(seed):
     program = torch.export.export(ProgressiveAttention(), (query, key), dynamic_shapes=(sides, sides)).module()
     query = torch.randn(1, 16, 40, 48)
     torch.testing.assert_close(program(query, key), ProgressiveAttention()(query, key))
+
+
+class DistributedAttention(torch.nn.Module):
+    def forward(self, query, key):
+        return a2k_kernels.distributed_attention(query, key, key, block_size=8, num_heads=2, backend="torch")
+
+
+@pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
+@pytest.mark.parametrize("module", [ProgressiveAttention(), DistributedAttention()], ids=lambda x: type(x).__name__)
+def test_exports_for_batches_of_any_size(module, seed, monkeypatch):
+    """Though bands depend on it: a batch once was limited to those with as many."""
+    monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", 1 << 14)
+    torch.manual_seed(seed)
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    inputs = torch.randn(3, 16, 24, 32), torch.randn(3, 16, 16, 40)
+    program = torch.export.export(module, inputs, dynamic_shapes=(batch, batch)).module()
+    for size in (2, 3, 64):
+        inputs = torch.randn(size, 16, 24, 32), torch.randn(size, 16, 16, 40)
+        torch.testing.assert_close(program(*inputs), module(*inputs))

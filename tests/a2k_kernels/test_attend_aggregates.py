@@ -103,6 +103,19 @@ def test_a_score_of_minus_infinity_has_no_weight(number, training):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("band_elements", (100, 1 << 22))
+@pytest.mark.parametrize("name", ("key_agg", "value_agg"))
+def test_aggregates_changed_in_place_before_the_backward_pass(name, band_elements, monkeypatch):
+    """No gradient is computed from what they have become, also where scores are computed again."""
+    monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", band_elements)
+    leaves = {"query": (1, 8, 6, 7), "key_agg": (1, 2, 5, 4), "value_agg": (1, 2, 5, 3)}
+    inputs = {key: 1 * torch.rand(shape, requires_grad=True) for key, shape in leaves.items()}
+    out = attend_aggregates(**inputs)
+    inputs[name].zero_()
+    with pytest.raises(RuntimeError, match="by an inplace operation"):
+        out.sum().backward()
+
+
 def test_one_set_of_keys_serves_a_batch():
     query, keys, values = torch.randn(3, 6, 4, 5), torch.randn(1, 2, 7, 3), torch.randn(1, 2, 7, 2)
     out = attend_aggregates(query, keys.expand(3, -1, -1, -1), values.expand(3, -1, -1, -1))

@@ -129,11 +129,12 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("query_size", [(128, 128), (1, 128 * 128)])
 @pytest.mark.parametrize("d_v", [4, 6])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_distributed_attention_never_holds_all_scores(backend, d_v, monkeypatch):
+def test_distributed_attention_never_holds_all_scores(backend, d_v, query_size, monkeypatch):
     monkeypatch.setattr(torch_backend, "BAND_ELEMENTS", 1 << 16)
-    sizes = {"query_size": (128, 128), "key_size": (24, 24)}
+    sizes = {"query_size": query_size, "key_size": (24, 24)}
     case = make_case("distributed_attention", batch=1, heads=1, block_size=1, d_k=4, d_v=d_v, **sizes)
     scores, largest_map = 128 * 128 * 24 * 24, 128 * 128 * 6
     with LargestTensor() as largest:

@@ -18,6 +18,7 @@ from cases import (
 )
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import a2k_kernels
 
@@ -230,3 +231,30 @@ def test_second_derivative_raises(operation):
     grads = torch.autograd.grad(out, inputs, create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="a2k"):
         sum(x.square().sum() for x in grads if x is not None).backward()
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIABLE)
+def test_transforms_and_tangents_raise(operation):
+    """Operators would leave a tangent out, silently."""
+    case = small_case(operation)
+    x, one = case.tensors["key"].detach(), torch.ones((), device=DEVICE)
+
+    def run(x):
+        return case.run("triton", key=x)[0]
+
+    def run_dual():
+        with forward_ad.dual_level():
+            return run(forward_ad.make_dual(x, x))
+
+    calls = [
+        lambda: torch.func.vmap(run)(x[None]),
+        lambda: torch.func.grad(lambda x: run(x).sum())(x),
+        lambda: torch.func.jvp(run, (x,), (x,)),
+        run_dual,
+    ]
+    if "alpha" in case.tensors:
+        calls.append(lambda: torch.func.jvp(lambda alpha: case.run("triton", alpha=alpha)[0], (one,), (one,)))
+    message = "its operators know neither torch.func's transforms nor forward-mode derivatives; choose 'torch'"
+    for call in calls:
+        with pytest.raises(RuntimeError, match=message):
+            call()
