@@ -5,7 +5,6 @@ Nothing here unpickles: safetensors holds plain tensors only.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a2k.encoder import PERCEPTUAL_DEPTHS, Encoder
+from a2k.files import replace_file
 from a2k.model import StyA2K, StyA2KConfig
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
-TEMPORARY = (".a2k-", ".tmp")  # around the random part of a file's name until it is whole
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 
@@ -28,28 +27,15 @@ class WeightsError(ValueError):
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Call write(temporary path) and rename the result to path, so that path is whole or untouched.
+    """`a2k.files.replace_file`, with errors of one line.
 
-    Raises OSError with a message of one line.
+    Raises OSError.
     """
-    path, temporary = Path(path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
-        os.close(handle)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        replace_file(path, write)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {path}: {reason}; choose another path or make room") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:

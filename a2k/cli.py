@@ -5,16 +5,18 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 from a2k.allocator import keep_freed_tiles, restart_without_thread_caches
-from a2k.cli_train import add_train, run_train, with_config_file
+from a2k.cli_train import add_train, with_config_file
 from a2k.version import __version__
 
 USAGE_ERROR = 2
@@ -23,15 +25,20 @@ WRITTEN_AS = {".heic": ".jpg", ".heif": ".jpg"}  # others that we cannot write b
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, by default this program's. Returns the exit code: 0, or 2 with one line on stderr."""
+    """Run the command line, by default this program's. Returns the exit code: 0; 2 with one line on stderr; or 130
+    after Ctrl-C.
+    """
+    if sys.stderr is None:  # closed, as for a daemon
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be one that its encoding lacks
     if argv is None:
         warnings.showwarning = print_warning
+        leave_on_signals()
+        if sys.argv[1:2] == ["train"]:
+            restart_without_thread_caches()  # before a config file is read, which may be a pipe
     try:
         arguments = build_parser().parse_args(with_config_file(sys.argv[1:] if argv is None else argv))
-        if argv is None and arguments.run is run_train:
-            restart_without_thread_caches()
         return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print_error(error)
@@ -40,9 +47,24 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def leave_on_signals() -> None:
+    """SIGTERM and SIGHUP end the program as Ctrl-C does, so that no half-written file stays."""
+
+    def leave(number, _frame) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup has a process ignore the latter
+            signal.signal(number, leave)
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def print_error(error: Exception) -> None:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"a2k: error: {lines[0]}", file=sys.stderr)
+    print(f"a2k: error: {first_line(error)}", file=sys.stderr)
 
 
 def print_warning(warning: Warning | str, *_place: object) -> None:
@@ -107,7 +129,7 @@ def add_stylize(commands) -> None:
     parser.add_argument("--style-size", type=int, metavar="PX", help="short side of the painting (as it is)")
     parser.add_argument("--strength", type=float, default=1.0, metavar="T", help="0 to 1 (%(default)s)")
     parser.add_argument("--preserve-color", action="store_true", help="keep the photo's colours")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG and WebP, 1 to 100 (%(default)s)")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1 to 100 (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="refuse larger pictures (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per picture")
     add_model_options(parser)
@@ -126,7 +148,7 @@ def memory_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; give bytes, or a number like 500M or 6G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return int(Fraction(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def run_stylize(arguments: argparse.Namespace) -> int:
@@ -180,13 +202,17 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
 
     from a2k.images import ImageError, check_sides, read_image, with_short_side
 
-    stdin = None
-    if "-" in (*arguments.content, *arguments.style):  # read once, for all its pairs
-        stdin = io.BytesIO(sys.stdin.buffer.read())
-        stdin.name = "standard input"
+    @lru_cache
+    def whole(source):
+        """A pipe's content, read once for all its pairs."""
+        if source != "-" and not Path(source).is_fifo():
+            return source
+        data = io.BytesIO(sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes())
+        data.name = "standard input" if source == "-" else source
+        return data
 
     def read(source):
-        return read_image(stdin if source == "-" else source, max_pixels=arguments.max_pixels)
+        return read_image(whole(source), max_pixels=arguments.max_pixels)
 
     def check_result(sides, target):
         if target != "-":
@@ -222,6 +248,9 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
                 )
                 result = writer.submit(write_one, out, job, time.perf_counter() - started, arguments.quality)
             except ImageError as error:
+                result = writer.submit(lambda error=error: error)
+            except (RuntimeError, MemoryError) as error:  # of PyTorch, for one: too little memory
+                error = ImageError(f"cannot redraw {job[0]}: {first_line(error)}")
                 result = writer.submit(lambda error=error: error)
             if written:
                 yield outcome(written)
@@ -261,6 +290,8 @@ def plan_pictures(content: list[str], style: list[str], output: str) -> Iterator
     def sources(paths: list[str]) -> list:
         return ["-"] * paths.count("-") + find_images(path for path in paths if path != "-")
 
+    if not output:
+        raise ImageError("-o is empty; give a file or a folder")
     photos, paintings = sources(content), sources(style)
     pairs = [(photo, painting) for painting in paintings for photo in photos]  # so that a painting is encoded once
     if [*photos, *paintings].count("-") > 1:

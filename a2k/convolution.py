@@ -176,7 +176,8 @@ class PreparedKernels:
         if any(not isinstance(x, nn.Parameter) or x.requires_grad or x.is_inference() for x in parameters):
             return None
         found, which = self.of_weights.setdefault(weight, {}), "gradient" if bias is None else "output"
-        state = [(x.data_ptr(), x._version) for x in parameters]  # changes with the values
+        # Changes with the values; a version does not where they are written through .data, so look at some.
+        state = [(x.data_ptr(), x._version, float(x.detach()[0].sum())) for x in parameters]
         if which in found and found[which][0] != state:
             del found[which]
         if which not in found and self.bytes() + PREPARED_SIZE * weight.nbytes <= MOST_KEPT:

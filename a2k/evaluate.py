@@ -172,7 +172,8 @@ class Folder:
         for sources in (photos, paintings):
             by_stem(sources)
         needed = [result_stem(photo.stem, painting.stem) for photo, painting, _ in pairs]
-        self.files = by_stem(path for path in find_images([folder]) if path.stem in needed)
+        known = set(needed)
+        self.files = by_stem(path for path in find_images([folder]) if path.stem in known)
         missing = [name for name in needed if name not in self.files]
         if missing:
             raise ImageError(

@@ -4,8 +4,6 @@ import io
 import math
 import operator
 import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,9 @@ from typing import BinaryIO, SupportsIndex
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, TiffImagePlugin, UnidentifiedImageError
+
+from a2k.files import replace_file
 
 MAX_PIXELS = 100_000_000
 FILLED_SIDE = 256  # largest of the picture from which colours spread to transparent parts
@@ -24,6 +24,8 @@ FILLED_SIDE = 256  # largest of the picture from which colours spread to transpa
 # A fixed list: others of Pillow's readers run outside programs (EPS) or accept nearly any bytes (TGA).
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 _SUFFIXES = {suffix: name for suffix, name in Image.registered_extensions().items() if name in _FORMATS}
+# Of files in which Pillow would write another format of the same family: PPM, JP2.
+_NOT_WRITTEN = (".pbm", ".pgm", ".pfm", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 # Of phones. Pillow needs another package to read it, which need not be there; it is not written.
 _HEIC_SUFFIXES = (".heic", ".heif")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis")  # one of them is named in the first bytes of a file
@@ -41,6 +43,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_WHITE_IS_ZERO = "a2k white is zero"  # in the info of a picture, which turning keeps
 
 _pillow_limit_lock = threading.Lock()
 
@@ -65,7 +69,10 @@ class Picture:
     @property
     def visible(self) -> Image.Image:
         """rgb without borders that are wholly transparent."""
-        return self.rgb if self.alpha is None else self.rgb.crop(self.alpha.getbbox())
+        if self.alpha is None:
+            return self.rgb
+        with _without_pillow_limit():
+            return self.rgb.crop(self.alpha.getbbox())
 
 
 def read_image(
@@ -186,7 +193,7 @@ def write_image(
     try:
         data = _encode(image, alpha if encoder in _ALPHA_FORMATS else None, encoder, quality)
         if is_path:
-            _replace_file(Path(os.path.realpath(target)), data)
+            replace_file(target, lambda path: Path(path).write_bytes(data))
         else:
             target.write(data)
             target.flush()
@@ -238,10 +245,13 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """The files among `paths` as they are, and for each folder its pictures, sorted by name, each once.
 
     Folders are not searched deeper, and their hidden files are left out. Raises ImageError for a path that
-    does not exist and for a folder that cannot be listed or has no pictures.
+    is empty or does not exist and for a folder that cannot be listed or has no pictures.
     """
     found: dict[str, Path] = {}
-    for path in map(Path, paths):
+    for path in paths:
+        if not os.fspath(path):
+            raise ImageError("the path of a picture or folder is empty; give one")
+        path = Path(path)
         if not os.path.exists(path):
             raise ImageError(f"{path} does not exist; check the path")
         for file in _images_in(path) if path.is_dir() else [path]:
@@ -274,7 +284,7 @@ def _open_file(path: str | os.PathLike) -> BinaryIO:
 
 @contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    """Switch off Pillow's own limit on pixels, which is global, while a header is read."""
+    """Switch off Pillow's own limit on pixels, which is global, while a header is read or a picture cropped."""
     with _pillow_limit_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -325,11 +335,18 @@ def _to_picture(image: Image.Image, name: object, max_pixels: int, short_side: i
         if short_side is not None and image.format == "JPEG":
             image.draft(None, (short_side, short_side))
         image.load()
+        image.info[_WHITE_IS_ZERO] = _is_white_zero(image)
         image = _to_upright(image)
         rgb, alpha = _to_srgb(image), _alpha_of(image)
         return Picture(rgb if alpha is None else fill_hidden(rgb, alpha), alpha)
     except Exception as error:  # Pillow's decoders raise errors of many kinds for damaged files
         raise ImageError(f"cannot read {name}: {_reason(error)}; {_DAMAGED_REMEDY}") from error
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether the values of a TIFF's 16-bit grey or floats go from white to black, which Pillow passes over."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode.startswith(("I", "F")) and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def _to_upright(image: Image.Image) -> Image.Image:
@@ -406,7 +423,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
         raise ImageError(f"its values go from {low} to {high}, outside 0 to {top}")
-    return Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))
+    levels = np.rint(values * np.float32(255 / top)).astype(np.uint8)
+    return Image.fromarray(255 - levels if image.info.get(_WHITE_IS_ZERO) else levels)
 
 
 def _apply_profile(image: Image.Image, icc: bytes | None) -> Image.Image | None:
@@ -424,7 +442,7 @@ def _apply_profile(image: Image.Image, icc: bytes | None) -> Image.Image | None:
 
 def _format_of(target: str | os.PathLike, format: str | None, name: object) -> str:
     suffix = f".{format}" if format else Path(target).suffix
-    if suffix.lower() not in _SUFFIXES:
+    if suffix.lower() not in _SUFFIXES or suffix.lower() in _NOT_WRITTEN:
         raise ImageError(f"cannot write {name}: format {suffix!r} is not known; use {_SOME_SUFFIXES}")
     return _SUFFIXES[suffix.lower()]
 
@@ -449,17 +467,3 @@ def _encode(image: Image.Image, alpha: Image.Image | None, encoder: str, quality
     data = io.BytesIO()
     image.save(data, encoder, **options.get(encoder, {}))
     return data.getvalue()
-
-
-def _replace_file(target: Path, data: bytes) -> None:
-    if target.exists() and not target.is_file():
-        raise ImageError("it exists and is not a file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,9 +2,11 @@
 
 import math
 import os
+import secrets
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -26,7 +28,7 @@ class Style:
     """A style as `StyleTransfer.encode_style` prepares it, for use with that StyleTransfer."""
 
     keys: Sequence
-    network: FusedStyA2K | CompiledStyA2K = field(repr=False)
+    network_id: str = field(repr=False)
 
 
 class StyleTransfer:
@@ -67,13 +69,23 @@ class StyleTransfer:
         given = isinstance(weights, StyA2K)
         model = copy_model(weights, backend) if given else load_model(find_weights(weights), backend)
         self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last).eval()
-        self._network = CompiledStyA2K(self.model) if compile else FusedStyA2K(self.model, max_memory)
+        self._prepare = CompiledStyA2K if compile else partial(FusedStyA2K, max_memory=max_memory)
+        self._network = self._prepare(self.model)
+        self._id = secrets.token_hex(16)  # copies, also in other processes, can use its styles
+
+    def __getstate__(self) -> dict:
+        """To be copied or pickled: without what is prepared of the weights, which oneDNN keeps to itself."""
+        return {name: value for name, value in vars(self).items() if name != "_network"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._network = self._prepare(self.model)
 
     def encode_style(self, style: ImageSource, *, style_size: int | None = None, progress: bool = False) -> Style:
         """Prepare a style once for many contents. Arguments and errors as for `stylize`."""
         painting = self._resize(read_image(style, max_pixels=self.max_pixels).visible, style_size, "style_size")
-        with self._bar("style", painting.size, None, progress) as bar:
-            return Style(self._network.encode_style(self._tensor([painting]), bar.update), self._network)
+        with self._bar("style", painting.size, None, progress) as bar, self._without_autocast():
+            return Style(self._network.encode_style(self._tensor([painting]), bar.update), self._id)
 
     def stylize(
         self,
@@ -121,7 +133,7 @@ class StyleTransfer:
         Arguments, results and errors as for `stylize`. On a GPU small pictures are faster together.
         """
         check_strength(strength)
-        if isinstance(style, Style) and (style_size is not None or style.network is not self._network):
+        if isinstance(style, Style) and (style_size is not None or style.network_id != self._id):
             raise ValueError("style was encoded at its own size by one StyleTransfer; give that one no style_size")
         pictures = [read_image(content, max_pixels=self.max_pixels) for content in contents]
         photos = [self._resize(picture.rgb, size, "size") for picture in pictures]
@@ -130,7 +142,7 @@ class StyleTransfer:
         results = {}
         for equal in {photo.size for photo in photos}:
             numbers = [number for number, photo in enumerate(photos) if photo.size == equal]
-            with self._bar("picture", equal, style, progress) as bar:
+            with self._bar("picture", equal, style, progress) as bar, self._without_autocast():
                 batch = self._tensor([photos[number] for number in numbers])
                 out = self._network.stylize(batch, style.keys, strength, bar.update)
             results |= zip(numbers, out.permute(0, 2, 3, 1).cpu().numpy(), strict=True)
@@ -153,6 +165,10 @@ class StyleTransfer:
     def _tensor(self, images: list[Image.Image]) -> torch.Tensor:
         """uint8 (B, 3, H, W), channels_last."""
         return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).to(self.device)
+
+    def _without_autocast(self) -> torch.autocast:
+        """The dtype is this object's own."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _bar(self, name: str, size: tuple[int, int], style: Style | None, progress: bool) -> tqdm:
         """Progress by the share of floating-point operations done."""

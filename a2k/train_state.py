@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from a2k.checkpoint import TEMPORARY, WeightsError, write_atomically
+from a2k.checkpoint import WeightsError, write_atomically
 from a2k.convert import read_file
+from a2k.files import TEMPORARY
 from a2k.train_options import TrainingError
 
 

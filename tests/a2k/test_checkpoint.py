@@ -2,6 +2,7 @@ import json
 import os
 import stat
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +211,35 @@ def test_a_new_file_follows_the_umask(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "new" / "w.safetensors").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("make", (Path.mkdir, os.mkfifo))
+def test_what_is_not_a_file_is_not_replaced(tmp_path, make):
+    target = tmp_path / "w.safetensors"
+    make(target)
+    kind = stat.S_IFMT(target.stat().st_mode)
+    for path in (target, f"{tmp_path}/new/"):
+        with pytest.raises(OSError, match=f"^cannot write {path}: it (exists and is not a file|names a folder); "):
+            save_model(tiny_model(), path)
+    assert stat.S_IFMT(target.stat().st_mode) == kind
+    assert os.listdir(tmp_path) == [target.name]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "real").touch()
+    (tmp_path / "link").symlink_to("real")
+    save_model(tiny_model(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_model(tmp_path / "real")
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *x, name=name, real=real: calls.append(name) or real(*x))
+    save_model(tiny_model(), tmp_path / "w.safetensors")
+    assert calls == ["fsync", "replace"]
 
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, ValueError("x"), OSError(28, "No space left on device")))

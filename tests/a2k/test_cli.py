@@ -3,9 +3,11 @@ import json
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +108,10 @@ def test_a_painting_is_encoded_once(capsys, tmp_path, stylize, painting, monkeyp
     assert len(encoded) == 2
 
 
-@pytest.mark.parametrize("memory, size", (("0", 0), ("1000", 1000), ("2k", 2048), ("1.5G", 3 << 29), ("6GB", 6 << 30)))
+@pytest.mark.parametrize(
+    "memory, size",
+    (("0", 0), ("1000", 1000), ("2k", 2048), ("1.5G", 3 << 29), ("6GB", 6 << 30), ("9" * 400, int("9" * 400))),
+)
 def test_max_memory(capsys, tmp_path, stylize, photo, painting, memory, size):
     assert memory_size(memory) == size
     outputs = []
@@ -218,7 +223,7 @@ BAD_PICTURES = {
     "empty.jpg": "it is empty",
     "truncated.jpg": "truncated",
     "text.jpg": "not a picture of a known format",
-    "huge.png": "20000x20000, 400000000 pixels, over the limit of 100000000; shrink it or raise the limit (--max-",
+    "huge.png": "20000x20000, 400000000 pixels, over the limit of 100000000; shrink it or raise the limit (max_",
     "missing.jpg": "does not exist",
 }
 
@@ -438,7 +443,63 @@ def test_out_of_memory_is_one_line(capsys, tmp_path, stylize, photo, painting, m
         raise MemoryError
 
     monkeypatch.setattr("a2k.stylize.StyleTransfer.stylize", fail)
-    assert refusal(capsys, *stylize(photo, painting, tmp_path / "out.png")) == f"{TITLE}MemoryError\n"
+    message = f"{TITLE}cannot redraw {photo}: MemoryError\n"
+    assert refusal(capsys, *stylize(photo, painting, tmp_path / "out.png")) == message
+
+
+@pytest.mark.parametrize("error", (MemoryError(), RuntimeError("out of memory\nat many places")))
+def test_one_picture_too_many_for_the_memory(capsys, tmp_path, stylize, painting, monkeypatch, error):
+    """It is named, and the others are redrawn and reported."""
+    photos, redraw = [picture(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate("abc")], []
+
+    def stylize_most(self, *arguments, **options):
+        redraw.append(arguments)
+        if len(redraw) == 2:
+            raise error
+        return whole(self, *arguments, **options)
+
+    whole = StyleTransfer.stylize
+    monkeypatch.setattr(StyleTransfer, "stylize", stylize_most)
+    assert main([str(x) for x in stylize(photos, painting, tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith(f"{TITLE}cannot redraw {photos[1]}: ")
+    assert [Path(line.split("  ")[0]).name[0] for line in out.splitlines()] == ["a", "c"]
+    assert [name[0] for name in files(tmp_path / "out")] == ["a", "c"]
+
+
+def test_closed_stderr(tmp_path, stylize, photo, painting):
+    command = [sys.executable, "-m", "a2k", *map(str, stylize([photo, painting], painting, tmp_path / "out"))]
+    run = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, check=False)
+    assert run.returncode == 0
+    assert len(run.stdout.splitlines()) == len(files(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP))
+def test_a_signal_leaves_nothing_half_written(tmp_path, number):
+    """It comes while a file is written."""
+    code = f"""
+import os, sys, time
+import a2k.cli, a2k.images
+
+def write_half(path, data):
+    with open(path, "wb") as file:
+        file.write(data[:10])
+    print("writing", flush=True)
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(60)
+
+def run_info(arguments):
+    a2k.images.write_image(a2k.images.Image.new("RGB", (9, 9)), {str(tmp_path / "out.png")!r})
+
+a2k.images.Path.write_bytes = write_half
+a2k.cli.run_info = run_info
+sys.argv = ["a2k", "info"]
+sys.exit(a2k.cli.main())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == "writing\n", run.stderr
+    assert run.returncode == 128 + number
+    assert files(tmp_path) == []
 
 
 def test_interrupt(tmp_path, stylize, photo, painting, monkeypatch):
@@ -470,6 +531,26 @@ def test_no_room(capsys, tmp_path, stylize, photo, painting):
     (tmp_path / "link.png").symlink_to("/dev/full")
     refusal(capsys, *stylize(photo, painting, tmp_path / "link.png"))
     assert (tmp_path / "out.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("which", ("content", "style", "output"))
+def test_empty_paths(capsys, tmp_path, stylize, photo, painting, monkeypatch, which):
+    """As of a variable that is not set: it does not mean the present folder."""
+    picture(tmp_path / "here.png")
+    monkeypatch.chdir(tmp_path)
+    before, paths = files(tmp_path), {"content": photo, "style": painting, "output": tmp_path / "out.png", which: ""}
+    assert "empty; give" in refusal(capsys, *stylize(*paths.values()))
+    assert files(tmp_path) == before
+
+
+def test_a_pipe_is_read_once_for_all_its_pairs(capsys, tmp_path, stylize, photo, painting):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(photo.read_bytes()))
+    writer.start()
+    succeed(capsys, *stylize(pipe, [painting, photo], tmp_path / "out"))
+    writer.join()
+    assert len(files(tmp_path / "out")) == 2
 
 
 def test_unknown_format(capsys, tmp_path, stylize, photo, painting):

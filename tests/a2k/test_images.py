@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 from tiny import files
 
 from a2k import images
@@ -482,6 +482,28 @@ def test_transparent_colour(mode):
     picture = read_bytes(stored)
     assert list(picture.alpha.tobytes()) == [0, 255]
     assert picture.rgb.getpixel((1, 0)) == ((9, 8, 7) if mode == "RGB" else (255, 255, 255))
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_grey_tiff_in_which_zero_is_white(rng, dtype, top):
+    """Turned by its EXIF orientation, too, where what the file said of it is easily lost."""
+    values, file = (top * rng.random((5, 7))).astype(dtype), io.BytesIO()
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 0
+    tags[ExifTags.Base.Orientation] = 3
+    data = top - values if dtype == np.uint8 else values  # Pillow turns those of 8 bit itself
+    Image.fromarray(data).save(file, "TIFF", tiffinfo=tags)
+    expected = np.rint((top - values) * (255 / top))[::-1, ::-1]
+    actual = np.asarray(read_image(file).rgb, int)[..., 0]
+    assert np.abs(actual - expected).max() <= 1
+
+
+def test_borders_of_a_large_painting_are_cut_off(monkeypatch):
+    """Pillow's limit is not ours."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    image = Image.new("RGBA", (60, 60), (1, 2, 3, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 5, 60))
+    assert read_image(image).visible.size == (55, 60)
 
 
 def test_transparent_level_of_16_bit_grey():
@@ -970,6 +992,14 @@ def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_image(Image.new("RGB", (4, 4)), tmp_path / "out.png")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", [".pbm", ".pgm", ".pfm", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"])
+def test_formats_for_which_pillow_would_write_another(tmp_path, suffix):
+    with pytest.raises(ImageError) as caught:
+        write_image(Image.new("RGB", (4, 4)), tmp_path / f"out{suffix}")
+    one_line(caught, suffix, "use .png")
     assert os.listdir(tmp_path) == []
 
 

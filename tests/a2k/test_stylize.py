@@ -1,4 +1,6 @@
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -376,3 +378,32 @@ def test_nan_in_the_weights(photo, painting):
     torch.nn.init.constant_(model.decoder.merge.bias, float("nan"))
     with pytest.raises(ImageError, match="the result contains NaN"):
         StyleTransfer(model).stylize(photo, painting)
+
+
+# --- copies and surroundings
+
+
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))))
+def test_copies_redraw_the_same(painting, copied):
+    """With a style of the original, too: both can go to other processes."""
+    transfer = StyleTransfer(tiny_model(), device="cpu", max_memory=10**6)
+    content, style = Image.fromarray(noise(40, 50)), transfer.encode_style(painting)
+    expected = transfer.stylize(content, style)
+    other = copied(transfer)
+    assert difference(other.stylize(content, copied(style)), expected) == 0
+    assert difference(other.stylize(content, painting), expected) == 0
+    assert (other.max_pixels, other._network.max_memory) == (transfer.max_pixels, 10**6)
+
+
+def test_bundled_model_can_be_copied():
+    """Whose kernels are prepared in a form that nothing can read."""
+    transfer, content = StyleTransfer(device="cpu"), Image.fromarray(noise(65, 48))
+    assert difference(copy.deepcopy(transfer).stylize(content, content), transfer.stylize(content, content)) == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast_changes_nothing(transfer, painting, dtype):
+    content = Image.fromarray(noise(40, 50))
+    expected = transfer.stylize(content, painting)
+    with torch.autocast("cpu", dtype):
+        assert difference(transfer.stylize(content, painting), expected) == 0
