@@ -7,7 +7,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "a2k" / "version.py").read_text()).group(1)
 
 TEST = ["pytest>=8", "pytest-benchmark>=5"]
-TRAIN = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
+TRAIN = ["filelock>=3.12", "matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
 AUDIT = ["cuxray>=0.6", "networkx>=3"]
 HEIC = ["pi-heif>=1"]
 

@@ -14,6 +14,7 @@ The folder of the run gets
   log.jsonl, loss.png   losses of every step; tensorboard/ too where tensorboard is installed
   samples/              some held-out photos in the manner of some held-out paintings
   options.json          all options, in the form of a config file, ready for -c
+  *_files.json          names of the pictures that the run draws from
 
 On several GPUs: torchrun --nproc-per-node=8 -m a2k train ...
 """
@@ -144,7 +145,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     for name in ("crop", "scale"):
         options[name] = tuple(options[name])
     options["device"] = str(choose_device(arguments.device))
-    if arguments.weights:
+    if arguments.weights and not arguments.resume:
         options["weights"] = str(find_weights(arguments.weights))
     train.main(TrainOptions(**options))
 

@@ -63,7 +63,7 @@ def colors_of_parts(parts: Iterable[Tensor]) -> Colors:
 
 def moments(planes: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (B, C), and sums of products of differences from it (B, C, C), of points (B, C, n)."""
-    mean = planes.mean(2, dtype=torch.float64).to(planes.dtype)  # of a million points float32 would lose digits
+    mean = planes.mean(2)
     planes = planes - mean[..., None]
     return mean, planes @ planes.mT
 

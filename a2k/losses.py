@@ -1,7 +1,7 @@
 """Training losses (Zhu et al. 2023, section 3.4) on lists of the five feature maps relu1_1 .. relu5_1.
 
 Targets carry no gradient. A loss is a float32 scalar (float64 for float64 features) of weight 1; the published weights
-are in `a2k.train`.
+are in `a2k.train_options`.
 """
 
 import torch

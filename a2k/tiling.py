@@ -259,7 +259,7 @@ class Chain:
     """Layers that follow one another, computed tile by tile.
 
     Args:
-        layers: Conv, JoinConv, UpsampleConv and MaxPool.
+        layers: convolutions (Conv and its subclasses) and MaxPool.
         channels: of the input.
     """
 

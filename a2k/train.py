@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -45,7 +46,7 @@ class Trainer:
     Under `torchrun` every process has a Trainer of its own; the first one writes. Set
     `stop_requested` to have the run save and leave after the present step.
 
-    Raises TrainingError, ImageError or WeightsError when an option does not fit.
+    Raises TrainingError, ImageError, WeightsError or another ValueError when an option does not fit.
     """
 
     def __init__(self, options: TrainOptions) -> None:
@@ -53,6 +54,7 @@ class Trainer:
         self.options, self.recipe = options, options.recipe
         self.folder = Path(options.output)
         self.states = StateFiles(self.folder, options.keep)
+        self.lock = FileLock(self.folder / ".lock")  # two runs would mix their logs and states
         if self.states.all() and not options.resume:
             raise TrainingError(f"{self.folder} holds a run already; go on with --resume or give another -o")
         if options.resume and not self.states.all():
@@ -65,6 +67,7 @@ class Trainer:
         for module in (self.perceptual, self.model):
             module.to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        state, source = self._load_state() if options.resume else (None, None)
         self.validation = Validation(*held, self.perceptual, options.crop[0], options.batch_size, self.device)
         self.samples = [[sample(image) for image in images[:SAMPLE_FILES]] for images in held]
         self.style_start = 0 if options.weights else self.recipe.autoencode_steps  # step of the first style loss
@@ -80,7 +83,8 @@ class Trainer:
             checkpoint_activations=options.checkpoint_activations,
         )
         self.losses.to(self.device)
-        state = self._restore() if options.resume else None
+        if state:
+            self._restore(state, source)
         self._begin_phase()
         if state and self.step != self.style_start:  # there a new phase begins
             self.optimizer.load_state_dict(state["optimizer"])
@@ -117,6 +121,8 @@ class Trainer:
 
     def _build_model(self, perceptual_kind: str) -> StyA2K:
         options = self.options
+        if options.resume:  # the state has all weights
+            return StyA2K(CONFIGS[options.config], backend=options.backend)
         if options.weights:
             model = load_model(options.weights, backend=options.backend)
             if model.config != CONFIGS[options.config]:
@@ -182,15 +188,19 @@ class Trainer:
         finally:
             if writes:
                 log.close()
+                self.lock.release()
 
     def _open_log(self) -> TrainLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
             self.states.delete_halves()
             for kind, names in self.file_names.items():
                 write_json(names, list_file(self.folder, kind))
             write_json(self.options.flat(), self.folder / "options.json")
             return TrainLog(self.folder, self.step)
+        except Timeout:
+            raise TrainingError(f"another process trains in {self.folder}; stop it, or give another -o") from None
         except OSError as error:
             raise TrainingError(
                 f"cannot write to {self.folder}: {error.strerror or error}; choose another -o"
@@ -237,6 +247,7 @@ class Trainer:
         self._begin_phase()
         self._standardize()
         self.average.load_state_dict(self.model.state_dict())
+        self.best = float("inf")  # copies do not count
 
     @torch.no_grad()
     def _standardize(self) -> None:
@@ -302,18 +313,23 @@ class Trainer:
         write_image(self.sample_grid(), self.folder / "samples" / f"step_{self.step:06d}.png")
         plot_losses(self.folder / "log.jsonl", self.folder / "loss.png")
 
-    def _restore(self) -> dict:
+    def _load_state(self) -> tuple[dict, Path]:
+        """The last state and its file. Fills the networks, before the losses look whether they share an encoder."""
         keys = {"model", "average", "hints", "optimizer", "step", "style_start", "best", "random"}
         state, source = self.states.load(keys)
+        if state["step"] > self.options.steps:
+            raise TrainingError(f"steps is {self.options.steps}, but {source} is of step {state['step']}; give more")
         for name in ("model", "average"):
             load_strictly(getattr(self, name), state[name], source)
+        return state, source
+
+    def _restore(self, state: dict, source: Path) -> None:
         self.step, self.style_start = state["step"], state["style_start"]
         if state.get("best_scale") == self.validation.scale:  # else other pictures or another network measured it
             self.best = state["best"]
         if self.step < self.style_start:
             load_strictly(self.losses.hints, state["hints"], source)
         restore_random_state(state["random"], self.device)
-        return state
 
     @torch.no_grad()
     def sample_grid(self) -> Image.Image:

@@ -109,6 +109,8 @@ class TrainOptions:
                 f"batch_size is {self.batch_size}; with crops of {min(self.crop)} and {max(self.crop)} it must be at "
                 f"least {least}, for one pair of the largest"
             )
+        if self.seed >= 1 << 63:
+            raise TrainingError(f"seed is {self.seed}; it must be below 2**63")
         if not self.checkpoint_minutes >= 0:
             raise TrainingError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be at least 0")
         self._check_recipe()
@@ -119,6 +121,8 @@ class TrainOptions:
         for name, weight in asdict(self.recipe).items():
             if name.endswith("_weight") and not 0 <= weight < math.inf:
                 raise TrainingError(f"{name} is {weight}; it must be at least 0 and finite")
+        if not 0 < self.recipe.lr < math.inf:
+            raise TrainingError(f"lr is {self.recipe.lr}; it must be above 0 and finite")
         if not self.recipe.clip > 0:
             raise TrainingError(f"clip is {self.recipe.clip}; it must be above 0")
         if not 0 <= self.recipe.ema_decay < 1:

@@ -329,7 +329,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   results of the published code). Beyond {LARGEST_PUBLISHED} px it would need tens of gigabytes.
 - *float32*, *bfloat16*: the same network of the published size (VGG19, random weights) as `a2k stylize` runs it, which
   has the C library keep freed tiles and the processor take denormal numbers for zero; in your own programs
-  `a2k.allocator.keep_freed_tiles()` and, first of all, `torch.set_flush_denormal(True)` do. The ratio is to *published*
+  `a2k.allocator.keep_freed_tiles()` and `torch.set_flush_denormal(True)`, first, do. The ratio is to *published*
   in the same run.
 - *styled*: the shape of the bundled network, float32.
 

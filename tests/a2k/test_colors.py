@@ -77,3 +77,15 @@ def test_nan_stays_nan():
     x = torch.randn(1, 3, 8, 8)
     x[0, 1, 2, 3] = float("nan")
     assert match_colors(x, colors_of(torch.rand(1, 3, 8, 8))).isnan().any()
+
+
+def test_autocast_rounds_nothing():
+    x, target = torch.randn(1, 3, 20, 30), colors_of(torch.rand(1, 3, 9, 9))
+    expected = match_colors(x, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(match_colors(x, target), expected)
+
+
+def test_mean_of_many_points():
+    points = 0.9 + 1e-3 * torch.randn(1, 3, 1 << 22)
+    torch.testing.assert_close(colors.moments(points)[0].double(), points.double().mean(2), rtol=5e-7, atol=0)

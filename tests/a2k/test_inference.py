@@ -13,7 +13,7 @@ from tiny import TINY, tiny_model
 from a2k import A2K, StyA2K, StyA2KConfig, attention, inference, storage, tiling
 from a2k import statistics as statistics_module
 from a2k.images import ImageError
-from a2k.inference import FusedA2K, FusedStyA2K
+from a2k.inference import FusedA2K, FusedStyA2K, of_norm
 from a2k.model import CONFIGS, init_kaiming
 from a2k.statistics import Statistics
 
@@ -189,6 +189,15 @@ def test_module(residual, seed, monkeypatch):
     assert_near(content, expected, max(1e-5, torch.finfo(torch.float32).eps * largest))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_bias_makes_up_for_rounded_weights(dtype):
+    """Where a mean is far from zero, the weight's rounding would else shift all points."""
+    projection, center, deviation = (torch.randn(7, 5), torch.randn(7)), 100 * torch.randn(2, 5), torch.rand(2, 5) + 0.1
+    weight, bias = of_norm(projection, center, deviation, dtype)
+    at_center = (weight.float() @ center[..., None])[..., 0] + bias
+    torch.testing.assert_close(at_center, projection[1].expand(2, -1), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("piece", (1, 400, 1 << 20))
 @pytest.mark.parametrize("offset", (0.0, 1e3))
 def test_statistics(offset, piece, monkeypatch):
@@ -198,6 +207,7 @@ def test_statistics(offset, piece, monkeypatch):
     statistics = Statistics()
     for tile in (x[:, :, :7], x[:, :, 7:8, :1], x[:, :, 7:8, 1:], x[:, :, 8:]):
         statistics.add(tile.float())
+        assert statistics.center.isfinite().all() and statistics.deviation.isfinite().all()  # asked for in between
     x = x.float().double()
     torch.testing.assert_close(statistics.center, x.mean((2, 3)).float())
     deviation = (x.var((2, 3)) + 1e-5).sqrt().float()

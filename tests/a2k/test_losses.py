@@ -9,6 +9,7 @@ from a2k.losses import (
     band_energies,
     content_loss,
     global_style_loss,
+    hint_loss,
     local_feature_loss,
     local_targets,
     robust_style_loss,
@@ -152,6 +153,7 @@ def test_backends_agree(output, content, style, keys):
 
 def test_targets_carry_no_gradient(output, content, style):
     total = global_style_loss(output, style) + content_loss(output, content)
+    total = total + hint_loss(output, content)
     (total + local_feature_loss(output, content, style, num_heads=4)).backward()
     assert gradients(output) == [True] * 5
     assert gradients(content) == gradients(style) == [False] * 5

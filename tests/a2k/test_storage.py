@@ -19,6 +19,11 @@ def test_a_kept_map_counts_until_it_is_freed():
     assert made.keep(torch.zeros(100))
 
 
+def test_some_of_what_is_free_stays_free(monkeypatch):
+    monkeypatch.setattr(storage, "free_memory", lambda place: 5 << 30)
+    assert Storage(torch.device("cpu")).room[torch.device("cpu")] == (5 << 30) - storage.MARGIN < 5 << 30
+
+
 def test_files_without_posix_fallocate(monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     x = map_file(1000, torch.float32).fill_(2)

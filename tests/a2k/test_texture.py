@@ -173,8 +173,14 @@ def test_strength():
 
 def test_a_painting_of_one_colour_has_no_texture():
     content = photo(64, 64)
-    out = add_texture(content, texture_of(torch.full((1, 3, 40, 40), 0.3)))
-    torch.testing.assert_close(out, content, rtol=0, atol=1e-6)
+    for level in (0.3, 0.5):  # rounding gives the first a tiny variance, the second has none
+        out = add_texture(content, texture_of(torch.full((1, 3, 40, 40), level)))
+        torch.testing.assert_close(out, content, rtol=0, atol=1e-6)
+
+
+def test_one_colour_in_the_manner_of_one_colour():
+    gray = torch.full((1, 3, 64, 64), 0.5)
+    assert torch.equal(add_texture(gray, texture_of(gray)), gray)
 
 
 def test_gradients_pass():

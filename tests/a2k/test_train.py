@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_command(capsys, tmp_path, command, monkeypatch):
     assert "warning" not in captured.err.lower()
     samples = ["samples/step_000002.png", "samples/step_000003.png"]
     states = ["states/step_00000002.pt", LAST_STATE]
-    lists = ["content_files.json", "style_files.json"]
+    lists = [".lock", "content_files.json", "style_files.json"]
     boards = [name for name in files(run) if name.startswith("tensorboard/events.out.tfevents.")]
     names = ["log.jsonl", "loss.png", "options.json", "weights.safetensors", *lists, *boards, *samples, *states]
     assert files(run) == sorted(names)
@@ -330,6 +331,8 @@ def test_resume_is_as_if_never_stopped(options):
     assert [entry["step"] for entry in log_of(split.output)] == [1, 2]
     resumed = Trainer(replace(split, resume=True))
     assert resumed.step == 2
+    state = trainer.states.load(set())[0]
+    assert torch.equal(torch.get_rng_state(), state["random"]["cpu"])
     resumed.run()
     logs = [log_of(run) for run in (options.output, split.output)]
     for entry, expected in zip(*logs, strict=True):
@@ -404,6 +407,30 @@ def test_resume_of_a_finished_run(capsys, command, tmp_path):
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_resume_to_fewer_steps_than_there_are(capsys, command, tmp_path):
+    """Else options.json would tell of another run."""
+    assert main([str(x) for x in command]) == 0
+    capsys.readouterr()
+    before = (tmp_path / "run" / "options.json").read_text()
+    message = refusal(capsys, *command, "--resume", "--steps", 2)
+    assert f"steps is 2, but {tmp_path / 'run' / LAST_STATE} is of step 3; give more" in message
+    assert (tmp_path / "run" / "options.json").read_text() == before
+
+
+def test_one_run_in_a_folder_at_a_time(capsys, command, tmp_path):
+    """In another process, as one process may lock a file twice."""
+    (tmp_path / "run").mkdir()
+    code = "import sys, filelock as f; x = f.FileLock(sys.argv[1]); x.acquire(); print(1, flush=True); sys.stdin.read()"
+    arguments = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        message = refusal(capsys, *command)
+        other.stdin.close()
+    assert f"another process trains in {tmp_path / 'run'}; stop it, or give another -o" in message
+    assert files(tmp_path / "run") == [".lock"]
+    assert main([str(x) for x in command]) == 0
+
+
 def test_a_run_is_not_overwritten(capsys, command, tmp_path):
     (tmp_path / "run" / "states").mkdir(parents=True)
     (tmp_path / "run" / LAST_STATE).write_bytes(b"earlier")
@@ -466,7 +493,7 @@ def test_a_checkpoint_is_whole_or_the_earlier_one(options, monkeypatch):
         trainer.save()
     assert read_states(trainer) == before[0]
     torch.testing.assert_close(tensors_of(options.output), before[1], rtol=0, atol=0)
-    assert not [name for name in files(Path(options.output)) if name.startswith(".")]
+    assert [name for name in files(Path(options.output)) if name.startswith(".")] == [".lock"]
 
 
 # --- networks
@@ -524,6 +551,36 @@ def test_resume_of_a_start_from_weights(options, tiny_file):
     Trainer(replace(options, weights=str(tiny_file))).run()
     Trainer(replace(options, resume=True, steps=2)).run()
     assert all(entry["global"] > 0 for entry in log_of(options.output))
+
+
+def test_resume_without_the_weights_of_the_start(capsys, command, tmp_path, tiny_file):
+    """The state has all that counts of them."""
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(tiny_file.read_bytes())
+    command = [str(x) for x in (*command, "--weights", start)]
+    assert main(command) == 0
+    start.unlink()
+    assert main([*command, "--resume", "--steps", "4"]) == 0
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_resume_of_a_vgg_network_with_another_perceptual_one(options, tiny_vgg, monkeypatch, dtype):
+    """The losses are by the other; the network keeps the encoder that its decoder has learnt from."""
+    options = replace(options, config="vgg16", recipe=RECIPES["vgg16"], dtype=dtype)
+    Trainer(replace(options, steps=2)).run()
+    other = copy.deepcopy(tiny_vgg)
+    for x in other.parameters():
+        x.mul_(1.5)
+    expected = other.state_dict()["conv1_1.weight"].clone()
+    monkeypatch.setattr(a2k.train, "load_encoder", lambda path: (other, "vgg16"))
+    resumed = Trainer(replace(options, resume=True))
+    assert not resumed.losses.shares_encoder
+    torch.testing.assert_close(resumed.losses.perceptual.conv1_1.weight.float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(resumed.validation.perceptual.conv1_1.weight, expected)
+    resumed.run()
+    for name, x in tiny_vgg.state_dict().items():
+        assert torch.equal(tensors_of(options.output)[f"encoder.{name}"], x)
 
 
 def test_weights_of_another_config(capsys, command, tmp_path):
@@ -587,6 +644,15 @@ def test_the_best_weights_are_kept(options, monkeypatch):
     assert [torch.equal(best, x) for x in averages] == [False, True, False, False]
 
 
+def test_a_copy_is_not_the_best_network(options, monkeypatch):
+    """However low its losses: its attention has not learnt yet."""
+    trainer = Trainer(replace(options, validate_steps=1))
+    scores = iter((1.0, 3.0, 2.0, 4.0))
+    monkeypatch.setattr(trainer.validation, "measure", lambda model: {"validation_style": next(scores)})
+    trainer.run()
+    assert trainer.best == 2.0
+
+
 @pytest.mark.parametrize("change", ({}, {"crop": (48,)}, {"holdout": 1}, {"batch_size": 1}, {"perceptual": "other"}))
 def test_the_best_sum_is_of_one_scale(options, tiny_vgg, monkeypatch, change):
     """It goes on where the same pictures are compared by the same network."""
@@ -626,7 +692,10 @@ def test_long_and_tiny_pictures(options):
         (("--workers", -1), "workers is -1; it must be at least 0"),
         (("--workers", 1000000), "workers is 1000000; on "),
         (("--seed", -1), "seed is -1; it must be at least 0"),
-        (("--lr", -1), "earning rate"),
+        (("--lr", -1), "lr is -1.0; it must be above 0 and finite"),
+        (("--lr", 0), "lr is 0.0; it must be above 0 and finite"),
+        (("--lr", "inf"), "lr is inf; it must be above 0 and finite"),
+        (("--seed", 2**64), f"seed is {2**64}; it must be below 2**63"),
         (("--ema-decay", 1), "ema_decay is 1.0; it must be at least 0 and below 1"),
         (("--ema-decay", -0.1), "ema_decay is -0.1; it must be"),
         (("--autoencode-steps", -1), "autoencode_steps is -1; it must be at least 0"),
