@@ -249,13 +249,24 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
                 result = writer.submit(write_one, out, job, time.perf_counter() - started, arguments.quality)
             except ImageError as error:
                 result = writer.submit(lambda error=error: error)
-            except (RuntimeError, MemoryError) as error:  # of PyTorch, for one: too little memory
-                error = ImageError(f"cannot redraw {job[0]}: {first_line(error)}")
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = isinstance(error, MemoryError) and str(error)
+                reason = told or "it does not fit in memory; make it smaller (--size) or set --max-memory"
+                error = ImageError(f"cannot redraw {job[0]}: {reason}")
                 result = writer.submit(lambda error=error: error)
             if written:
                 yield outcome(written)
             written = result
         yield outcome(written)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    of_torch = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def write_one(out, job: tuple, seconds: float, quality: int) -> dict:

@@ -335,7 +335,8 @@ def _to_picture(image: Image.Image, name: object, max_pixels: int, short_side: i
         if short_side is not None and image.format == "JPEG":
             image.draft(None, (short_side, short_side))
         image.load()
-        image.info[_WHITE_IS_ZERO] = _is_white_zero(image)
+        if _is_white_zero(image):
+            image.info[_WHITE_IS_ZERO] = True
         image = _to_upright(image)
         rgb, alpha = _to_srgb(image), _alpha_of(image)
         return Picture(rgb if alpha is None else fill_hidden(rgb, alpha), alpha)

@@ -101,8 +101,9 @@ class TrainOptions:
         for name, lowest in (*((name, 1) for name in at_least_1), ("workers", 0), ("seed", 0)):
             if getattr(self, name) < lowest:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
-        if self.workers > (most := WORKERS_PER_PROCESSOR * os.cpu_count()):
-            raise TrainingError(f"workers is {self.workers}; on {os.cpu_count()} processors give at most {most}")
+        processors = os.cpu_count() or 1
+        if self.workers > (most := WORKERS_PER_PROCESSOR * processors):
+            raise TrainingError(f"workers is {self.workers}; on {processors} processors give at most {most}")
         least = -(-(max(self.crop) ** 2) // min(self.crop) ** 2)
         if self.batch_size < least:
             raise TrainingError(

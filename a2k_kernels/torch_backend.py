@@ -139,7 +139,7 @@ def infers_on_cpu(*maps: Tensor) -> bool:
 
 def is_finite(x: Tensor) -> bool:
     """Whether x is known to have neither infinities nor NaN: fake tensors have no values to look at."""
-    return type(x) is Tensor and math.isfinite(x.sum())
+    return type(x) is Tensor and math.isfinite(x.detach().sum(dtype=torch.float32))
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -194,6 +194,10 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
     is_special = not torch.compiler.is_compiling() and is_transformed(query, k_agg, v_agg)
     # PyTorch's fused attention is fast for equal head dimensions only, and has no second derivative.
     fused = k_agg.shape[-1] == v_agg.shape[-1] and query.dtype != torch.float64 and not is_special
+    # On a processor it makes zeros of rows whose scores are NaN, and of some with infinite ones.
+    can_look = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if fused and can_look:
+        fused = math.isfinite(scale) and is_finite(query) and is_finite(k_agg)
     streamed = fused and query.dtype != torch.float16  # it never holds all scores, so it needs no bands
     infers = query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg)
     if infers and not (fused and has_fast_mkl()):
@@ -203,8 +207,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
         if fused:
             inputs = (unit_stride(x) if streamed else x for x in (q, k_agg, v_agg))
             out = F.scaled_dot_product_attention(*(OnceDifferentiable.apply(x) for x in inputs), scale=scale)
-            # On a processor a row whose scores are all NaN would come out as zeros: the first one tells.
-            if not (infers and is_finite(q) and is_finite(k_agg) and math.isfinite(scale)):
+            if not can_look:  # then a first score of NaN tells
                 first_score = (scale * q.detach()) @ k_agg[:, :, :1].detach().mT
                 out = out.masked_fill(first_score.isnan(), math.nan)
         else:

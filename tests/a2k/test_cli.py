@@ -443,11 +443,13 @@ def test_out_of_memory_is_one_line(capsys, tmp_path, stylize, photo, painting, m
         raise MemoryError
 
     monkeypatch.setattr("a2k.stylize.StyleTransfer.stylize", fail)
-    message = f"{TITLE}cannot redraw {photo}: MemoryError\n"
+    message = f"{TITLE}cannot redraw {photo}: it does not fit in memory; make it smaller (--size) or set --max-memory\n"
     assert refusal(capsys, *stylize(photo, painting, tmp_path / "out.png")) == message
 
 
-@pytest.mark.parametrize("error", (MemoryError(), RuntimeError("out of memory\nat many places")))
+@pytest.mark.parametrize(
+    "error", (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+)
 def test_one_picture_too_many_for_the_memory(capsys, tmp_path, stylize, painting, monkeypatch, error):
     """It is named, and the others are redrawn and reported."""
     photos, redraw = [picture(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate("abc")], []
@@ -462,9 +464,18 @@ def test_one_picture_too_many_for_the_memory(capsys, tmp_path, stylize, painting
     monkeypatch.setattr(StyleTransfer, "stylize", stylize_most)
     assert main([str(x) for x in stylize(photos, painting, tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
-    assert err.splitlines()[-1].startswith(f"{TITLE}cannot redraw {photos[1]}: ")
+    assert err.splitlines()[-1].startswith(f"{TITLE}cannot redraw {photos[1]}: it does not fit")
     assert [Path(line.split("  ")[0]).name[0] for line in out.splitlines()] == ["a", "c"]
     assert [name[0] for name in files(tmp_path / "out")] == ["a", "c"]
+
+
+def test_an_error_of_all_pictures_is_told_once(capsys, tmp_path, stylize, painting, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(StyleTransfer, "stylize", fail)
+    photos = [picture(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate("abc")]
+    assert refusal(capsys, *stylize(photos, painting, tmp_path / "out")) == f"{TITLE}a mistake\n"
 
 
 def test_closed_stderr(tmp_path, stylize, photo, painting):

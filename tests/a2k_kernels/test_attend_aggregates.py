@@ -79,6 +79,23 @@ def test_gradients_are_exact(backend):
     assert torch.autograd.gradcheck(lambda *x: attend_aggregates(*x, scale=0.5, backend=backend), inputs)
 
 
+@pytest.mark.parametrize("seed", fresh_seeds(20))
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("fast_mkl", (False, True))
+def test_what_is_not_finite_anywhere(fast_mkl, training, seed, monkeypatch):
+    """Scores of both signs, so that rows may hold infinities of both."""
+    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda: fast_mkl)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((1, 8, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))]
+    for x in inputs:
+        place = torch.randint(2 * x.numel(), (), generator=generator)  # within x, or nowhere
+        if place < x.numel():
+            x.view(-1)[place] = float(("nan", "inf", "-inf")[seed % 3])
+    inputs = [x.requires_grad_(training) for x in inputs]
+    expected, actual = (attend_aggregates(*inputs, backend=x) for x in ("reference", "torch"))
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("fast_mkl", (False, True))
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 @pytest.mark.parametrize("name", ("query", "key", "value"))
