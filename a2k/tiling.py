@@ -160,7 +160,8 @@ class UpsampleConv(Conv):
     """
 
     mirror = 1
-    taps = BY_OUTPUTS
+    # Places come in pairs, of one position of the kernels in the small map: the taps of both, and the first place.
+    taps, first = BY_OUTPUTS[::-1], 1
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         weight, channels = weight.detach().float(), len(weight)
@@ -168,11 +169,6 @@ class UpsampleConv(Conv):
         kernels = torch.einsum("oijk,ryj,cxk->rcoiyx", weight, taps, taps)
         super().__init__(kernels.flatten(0, 2).to(bias.dtype), bias.repeat(4), relu)
         self.channels, self.flops = channels, self.flops // 4
-
-    @staticmethod
-    def position(place: int) -> int:
-        """The kernel's position in the small map for a row (or column) of the upsampled one."""
-        return (place - 1) // 2
 
     def output_size(self, size: Size) -> Size:
         return 2 * size[0], 2 * size[1]
@@ -182,16 +178,34 @@ class UpsampleConv(Conv):
         return Window(top, min(size[0], window.bottom // 2 + 1), left, min(size[1], window.right // 2 + 1))
 
     def __call__(self, x: Tensor, window: Window, out: Tensor | None = None) -> Tensor:
-        quarters = super().__call__(x, window).split(self.channels, 1)
+        quarters = super().__call__(x, window).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # rows, columns of pairs
         out = new_map(x, self.channels, window.size) if out is None else out
-        for quarter, (row, col) in zip(quarters, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
-            # The first rows and columns of this parity, in the window and among the kernel's positions.
-            y, x0 = (row - window.top) % 2, (col - window.left) % 2
-            part = out[:, :, y::2, x0::2]
-            top = self.position(window.top + y) - self.position(window.top)
-            left = self.position(window.left + x0) - self.position(window.left)
-            part.copy_(quarter[:, :, top : top + part.shape[2], left : left + part.shape[3]])
+        for row in self.pairs(window.top, window.bottom):
+            for col in self.pairs(window.left, window.right):
+                part = out[:, :, row.places, col.places].permute(0, 2, 3, 1)
+                pairs = part.unflatten(2, (-1, col.count)).unflatten(1, (-1, row.count))
+                pairs.copy_(quarters[:, row.positions, col.positions, row.of_pair, col.of_pair].transpose(2, 3))
         return out
+
+    def pairs(self, start: int, end: int) -> Iterator["Pairs"]:
+        """Places start .. end - 1: the second of a pair whose first is before them, whole pairs, a first alone."""
+        lone = (start - self.first) % 2
+        whole = (end - start - lone) // 2
+        if lone:
+            yield Pairs(slice(0, 1), slice(0, 1), slice(1, 2), 1)
+        if whole:
+            yield Pairs(slice(lone, lone + 2 * whole), slice(lone, lone + whole), slice(0, 2), 2)
+        if lone + 2 * whole < end - start:
+            yield Pairs(slice(lone + 2 * whole, None), slice(lone + whole, lone + whole + 1), slice(0, 1), 1)
+
+
+class Pairs(NamedTuple):
+    """Places in a window, positions of the kernels for them, and which of every pair they are: so many of two."""
+
+    places: slice
+    positions: slice
+    of_pair: slice
+    count: int
 
 
 class SmoothUpsampleConv(UpsampleConv):
@@ -204,10 +218,7 @@ class SmoothUpsampleConv(UpsampleConv):
         ((3 / 4, 1 / 4, 0), (1 / 4, 3 / 4, 3 / 4), (0, 0, 1 / 4)),
         ((1 / 4, 0, 0), (3 / 4, 3 / 4, 1 / 4), (0, 1 / 4, 3 / 4)),
     )
-
-    @staticmethod
-    def position(place: int) -> int:
-        return place // 2
+    first = 0
 
     def source(self, window: Window, size: Size) -> Window:
         return window.halved().grown(size)
