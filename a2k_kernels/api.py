@@ -379,8 +379,11 @@ def check_index(index: Tensor, query: Tensor, key: Tensor, block_size: int, num_
         raise ValueError(f"index has shape {tuple(index.shape)}; it must be (B, num_heads, query blocks) = {expected}")
     if index.device != query.device:
         raise ValueError(f"index is on {index.device} but query is on {query.device}; move one of them")
-    # Reading the index back would stall a GPU and break a trace; there an index out of range is masked.
-    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+    # Reading the index back would stall a GPU and break a trace, where an index out of range is masked; a fake tensor
+    # has no values.
+    has_values = type(index) in (Tensor, torch.nn.Parameter)
+    can_read = index.device.type == "cpu" and has_values and not torch.compiler.is_compiling()
+    if not can_read or not index.numel():
         return
     key_rows, key_cols = count_blocks(key.shape[-2:], block_size)
     lowest, highest = (int(x) for x in index.aminmax())
