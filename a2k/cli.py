@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from a2k.allocator import keep_freed_tiles, restart_without_thread_caches
@@ -59,12 +59,9 @@ def leave_on_signals() -> None:
             signal.signal(number, leave)
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def print_error(error: Exception) -> None:
-    print(f"a2k: error: {first_line(error)}", file=sys.stderr)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"a2k: error: {lines[0]}", file=sys.stderr)
 
 
 def print_warning(warning: Warning | str, *_place: object) -> None:
@@ -202,7 +199,7 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
 
     from a2k.images import ImageError, check_sides, read_image, with_short_side
 
-    @lru_cache
+    @cache  # of any number of sources
     def whole(source):
         """A pipe's content, read once for all its pairs."""
         if source != "-" and not Path(source).is_fifo():
@@ -247,26 +244,29 @@ def redraw(transfer, jobs: list[tuple], arguments: argparse.Namespace) -> Iterat
                     progress=show_bars,
                 )
                 result = writer.submit(write_one, out, job, time.perf_counter() - started, arguments.quality)
-            except ImageError as error:
-                result = writer.submit(lambda error=error: error)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                told = isinstance(error, MemoryError) and str(error)
-                reason = told or "it does not fit in memory; make it smaller (--size) or set --max-memory"
-                error = ImageError(f"cannot redraw {job[0]}: {reason}")
-                result = writer.submit(lambda error=error: error)
+            except (ImageError, RuntimeError, MemoryError) as error:
+                told = of_one_picture(error, job[0])
+                result = writer.submit(lambda told=told: told)
             if written:
                 yield outcome(written)
             written = result
         yield outcome(written)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def of_one_picture(error: Exception, photo: str | Path) -> Exception:
+    """What to tell of the photo that an error is of. Raises the error if others would meet it too."""
     import torch
 
+    from a2k.images import ImageError
+
+    if isinstance(error, ImageError):
+        return error
     of_torch = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or of_torch
+    if not (isinstance(error, MemoryError) or of_torch):
+        raise error
+    reason = "" if of_torch else str(error)
+    reason = reason or "it does not fit in memory; make it smaller (--size) or set --max-memory"
+    return ImageError(f"cannot redraw {photo}: {reason}")
 
 
 def write_one(out, job: tuple, seconds: float, quality: int) -> dict:

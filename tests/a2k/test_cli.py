@@ -554,14 +554,19 @@ def test_empty_paths(capsys, tmp_path, stylize, photo, painting, monkeypatch, wh
     assert files(tmp_path) == before
 
 
-def test_a_pipe_is_read_once_for_all_its_pairs(capsys, tmp_path, stylize, photo, painting):
-    pipe = tmp_path / "pipe"
+def test_a_pipe_is_read_once_for_all_its_pairs(capsys, tmp_path, stylize, photo, painting, monkeypatch):
+    """However many other pictures come in between."""
+    monkeypatch.setattr(StyleTransfer, "encode_style", lambda *_, **__: None)
+    monkeypatch.setattr(StyleTransfer, "stylize", lambda _self, picture, *_, **__: picture.rgb)
+    pipe, photos = tmp_path / "pipe", [picture(tmp_path / f"{i}.png", 1, 1) for i in range(140)]
     os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_bytes(photo.read_bytes()))
-    writer.start()
-    succeed(capsys, *stylize(pipe, [painting, photo], tmp_path / "out"))
-    writer.join()
-    assert len(files(tmp_path / "out")) == 2
+    threading.Thread(target=lambda: pipe.write_bytes(photo.read_bytes()), daemon=True).start()
+    again = threading.Timer(10, lambda: pipe.write_bytes(b"read again"))  # else a second reader would wait for ever
+    again.daemon = True
+    again.start()
+    succeed(capsys, *stylize([pipe, *photos], [painting, photo], tmp_path / "out"))
+    again.cancel()
+    assert len(files(tmp_path / "out")) == 2 * 141
 
 
 def test_unknown_format(capsys, tmp_path, stylize, photo, painting):

@@ -719,7 +719,6 @@ def test_functional_gradients(backend, operation, band_elements, seed, monkeypat
         torch.testing.assert_close(actual[name], expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("seed", fresh_seeds(1), ids="seed{}".format)
 @pytest.mark.parametrize("operation", [x for x in DIFFERENTIABLE if x != "block_attention"])  # which reads its index
 @pytest.mark.parametrize("backend", BACKENDS)
