@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2k_kernels.products import has_fast_mkl
+from a2k_kernels.products import processor
 
 OUTPUTS = 4  # of a tile, in each direction
 # Kernels meet tiles in multiples of this, the last ones being zero: for other numbers, 80 and 98 among them, oneDNN may
@@ -29,7 +29,12 @@ POINTS = {
     torch.bfloat16: {2: (0, 1, -1 / 2, -2), 3: (0, 1, -1, 1 / 2, -2)},
 }
 LEAST_WEIGHTS = 128 * 256 * 9  # of a layer where it pays
-LEAST_IF_TRANSFORMS_ARE_FAST = 128 * 128 * 9  # in float32
+# It pays sooner where multiplications take longer, compared with all else.
+LEAST_WEIGHTS_ON = {
+    ("Intel", torch.float32): 64 * 128 * 9,
+    ("Zen 4", torch.float32): 64 * 128 * 9,
+    ("Zen 4", torch.bfloat16): 128 * 128 * 9,
+}
 
 
 def transforms(taps: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,9 +63,9 @@ def pays(weight: Tensor) -> bool:
     fits = weight.device.type == "cpu" and weight.dtype in POINTS and torch.backends.mkldnn.is_available()
     if not fits or outputs % 16 or inputs % 16:
         return False
-    if weight.dtype == torch.float32:
-        return weight.numel() >= (LEAST_IF_TRANSFORMS_ARE_FAST if has_fast_mkl() else LEAST_WEIGHTS)
-    return weight.numel() >= LEAST_WEIGHTS and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return weight.numel() >= LEAST_WEIGHTS_ON.get((processor(), weight.dtype), LEAST_WEIGHTS)
 
 
 class Winograd:

@@ -200,7 +200,7 @@ def attend_aggregates(query, key_agg, value_agg, *, scale):
         fused = math.isfinite(scale) and is_finite(query) and is_finite(k_agg)
     streamed = fused and query.dtype != torch.float16  # it never holds all scores, so it needs no bands
     infers = query.dtype in (torch.float32, torch.bfloat16) and infers_on_cpu(query, k_agg, v_agg)
-    if infers and not (fused and has_fast_mkl()):
+    if infers and not (fused and has_fast_mkl(query.dtype)):
         return attend_in_cache(query, k_agg, v_agg, scale)
 
     def attend(q: Tensor, _first: int) -> Tensor:

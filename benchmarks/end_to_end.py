@@ -343,9 +343,10 @@ of one 3x3 convolution of 256 channels, measured in the same process: a floor fo
 {floor_table(found)}
 
 Ours computes less than the published arrangement: a convolution after upsampling is done before it, with 4/9 of the
-operations, and the projections of a style are made once for all its photos. For 128 x 256 channels and more (in float32
-on Intel's processors 128 x 128), minimal filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the
-multiplications of a 3x3 convolution, and about half of its time.
+operations, and the projections of a style are made once for all its photos. For 128 x 256 channels and more, minimal
+filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the multiplications of a 3x3 convolution, and about
+half of its time. Where multiplications take longer, smaller layers gain as well: on Intel's processors and AMD's Zen 4
+in float32 from 64 x 128 channels on, on the latter in bfloat16 from 128 x 128.
 
 Where the time goes, style and content of one size:
 

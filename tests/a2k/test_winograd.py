@@ -81,13 +81,16 @@ def test_bfloat16_keeps_what_maps_are_made_of(taps):
     assert error < 3 * plain
 
 
-@pytest.mark.parametrize("fast_mkl", (False, True))
-def test_where_it_pays(fast_mkl, monkeypatch):
-    monkeypatch.setattr(winograd, "has_fast_mkl", lambda: fast_mkl)
+@pytest.mark.parametrize("processor", ("Intel", "Zen 4", "other"))
+def test_where_it_pays(processor, monkeypatch):
+    monkeypatch.setattr(winograd, "processor", lambda: processor)
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert pays(torch.empty(128, 256, 3, 3))
-    assert pays(torch.empty(256, 128, 3, 3, dtype=torch.bfloat16)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert pays(torch.empty(128, 128, 3, 3)) == fast_mkl
-    assert not pays(torch.empty(128, 128, 3, 3, dtype=torch.bfloat16))
+    assert pays(torch.empty(256, 128, 3, 3, dtype=torch.bfloat16)) == has_bfloat16
+    assert pays(torch.empty(128, 128, 3, 3, dtype=torch.bfloat16)) == (has_bfloat16 and processor == "Zen 4")
+    assert pays(torch.empty(128, 64, 3, 3)) == (processor != "other")
+    assert not pays(torch.empty(64, 64, 3, 3))
+    assert not pays(torch.empty(64, 128, 3, 3, dtype=torch.bfloat16))
     assert not pays(torch.empty(512, 512, 3, 3, dtype=torch.float64))
     assert not pays(torch.empty(512, 512, 3, 3, device="meta"))
     assert not pays(torch.empty(3, 32768, 3, 3))

@@ -54,7 +54,7 @@ def test_without_gradients(fast_mkl, dtype, geometry, elements, seed, monkeypatc
     """In groups of heads and bands of any size, or by PyTorch: at most twice the error of the formula, step by step in
     that dtype.
     """
-    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda: fast_mkl)
+    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda dtype: fast_mkl)
     monkeypatch.setattr(torch_backend, "CACHE_SCORES", elements)
     monkeypatch.setattr(products, "LEAST_FLOPS", 0)
     layouts = (LAYOUTS[seed % len(LAYOUTS)], "contiguous", "contiguous")
@@ -84,7 +84,7 @@ def test_gradients_are_exact(backend):
 @pytest.mark.parametrize("fast_mkl", (False, True))
 def test_what_is_not_finite_anywhere(fast_mkl, training, seed, monkeypatch):
     """Scores of both signs, so that rows may hold infinities of both."""
-    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda: fast_mkl)
+    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda dtype: fast_mkl)
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(shape, generator=generator) for shape in ((1, 8, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))]
     for x in inputs:
@@ -101,7 +101,7 @@ def test_what_is_not_finite_anywhere(fast_mkl, training, seed, monkeypatch):
 @pytest.mark.parametrize("name", ("query", "key", "value"))
 def test_what_is_not_finite_is_seen(name, value, fast_mkl, monkeypatch):
     """NaN in a query point's row, in all rows by a key, in one channel by a value."""
-    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda: fast_mkl)
+    monkeypatch.setattr(torch_backend, "has_fast_mkl", lambda dtype: fast_mkl)
     query, key, values = torch.rand(1, 8, 3, 4), torch.rand(1, 2, 5, 4), torch.rand(1, 2, 5, 4)
     {"query": query[0, 2, 1], "key": key[0, 1, 0], "value": values[0, 1, 3]}[name][1] = value
     expected, actual = (attend_aggregates(query, key, values, backend=x) for x in ("reference", "torch"))

@@ -73,3 +73,29 @@ def test_large_products_are_left_to_onednn(monkeypatch):
 
 def test_empty_batch():
     assert times_transposed(torch.empty(0, 2, 256, 128), torch.empty(0, 2, 256, 128)).shape == (0, 2, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "instructions", "expected"),
+    (
+        ("Intel(R) Xeon(R) Processor", ("avx512_f", "avx_vnni"), "Intel"),
+        ("11th Gen Intel(R) Core(TM) i7-1165G7", ("avx512_f",), "Intel"),
+        ("AMD EPYC", ("avx512_f",), "Zen 4"),
+        ("AMD EPYC", ("avx512_f", "avx_vnni"), "other"),  # Zen 5
+        ("AMD EPYC", (), "other"),  # Zen 3
+        ("", ("avx512_f",), "other"),
+    ),
+)
+def test_processor(name, instructions, expected, monkeypatch):
+    capabilities = {"cpu_name": name, "avx512_f": False, "avx_vnni": False} | dict.fromkeys(instructions, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.processor.__wrapped__() == expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert products.processor.__wrapped__() == "other"
+
+
+def test_where_mkl_is_fast(monkeypatch):
+    for name, dtypes in (("Intel", {torch.float32, torch.bfloat16}), ("Zen 4", {torch.float32}), ("other", set())):
+        monkeypatch.setattr(products, "processor", lambda name=name: name)
+        assert {x for x in (torch.float32, torch.bfloat16) if products.has_fast_mkl(x)} == dtypes
