@@ -15,7 +15,7 @@ BY_OUTPUTS = FIRST, SECOND = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))
 TO_OUTPUTS = SECOND[1], FIRST[1], SECOND[0], FIRST[0]
 # Points of a batch from which Winograd's filtering pays: with its preparation, and where that is kept.
 LARGE, LARGE_IF_KEPT = 64 * 64, 32 * 32
-MOST_KEPT = 160 << 20  # bytes of prepared kernels
+MOST_KEPT = 200 << 20  # bytes of prepared kernels
 PREPARED_SIZE = 4  # 36 points for 9 taps
 
 
