@@ -120,10 +120,13 @@ def load_encoder(path: str | os.PathLike) -> tuple[Encoder, str]:
 
 def find_weights(weights: str | os.PathLike) -> Path:
     """The file of a bundled model's name ("a2k-lite") or of a path. Raises WeightsError."""
-    bundled = WEIGHTS_DIR / f"{weights}.safetensors"
-    if bundled.is_file():
-        return bundled
+    if str(weights) in bundled_names():
+        return WEIGHTS_DIR / f"{weights}.safetensors"
     if Path(weights).is_file():
         return Path(weights)
-    names = ", ".join(sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors"))) or "none"
+    names = ", ".join(bundled_names()) or "none"
     raise WeightsError(f"weights {str(weights)!r} are neither a file nor a bundled model ({names})")
+
+
+def bundled_names() -> list[str]:
+    return sorted(path.stem for path in WEIGHTS_DIR.glob("*.safetensors"))

@@ -99,7 +99,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_computing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the computation (float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the computation (float32; for bundled models bfloat16 on processors that multiply it)",
+    )
     parser.add_argument("--backend", choices=("triton", "torch", "reference"), help="of the attention (automatic)")
 
 
@@ -448,7 +452,8 @@ def run_info(_arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from a2k.checkpoint import WEIGHTS_DIR
+    from a2k.checkpoint import bundled_names
+    from a2k_kernels.products import multiplies_bfloat16
 
     def installed(package: str) -> str:
         try:
@@ -457,13 +462,14 @@ def run_info(_arguments: argparse.Namespace) -> None:
             return "not installed"
 
     packages = ("torch", "triton", "numpy", "pillow", "safetensors")
+    cpu = f"cpu ({torch.get_num_threads()} threads{', bfloat16' if multiplies_bfloat16() else ''})"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = [
         ("a2k", __version__),
         ("python", platform.python_version()),
         *((package, installed(package)) for package in packages),
-        ("devices", ", ".join([f"cpu ({torch.get_num_threads()} threads)", *gpus])),
+        ("devices", ", ".join([cpu, *gpus])),
         ("backends", "torch, reference" if installed("triton") == "not installed" else "triton, torch, reference"),
-        ("weights", ", ".join(sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors"))) or "none"),
+        ("weights", ", ".join(bundled_names()) or "none"),
     ]
     print("\n".join(f"{name:<12}{value}" for name, value in rows))

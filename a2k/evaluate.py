@@ -38,7 +38,7 @@ class Scores:
     Against the painting: style_loss (`a2k.losses.global_style_loss`), gram_loss (`gram_matrices`) and color_distance
     (`color_quantiles`). style_loss_shuffled: the style loss against a painting that was not asked for. Against the
     photo: content_loss (`a2k.losses.content_loss`), `vgg_distance` and `ssim`. seconds_per_picture: of a network,
-    from PIL image to PIL image, their median; None for a folder.
+    from PIL image to PIL image, their median; dtype: of its computation. Both are None for a folder.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Scores:
     vgg_distance: float
     ssim: float
     seconds_per_picture: float | None
+    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,17 @@ class Report:
         names = [field.name for field in fields(Scores)][1:]
         rows = [["", *(name.replace("_", " ").replace("seconds per", "s /") for name in names)]]
         for scores in self.scores:
-            values = [getattr(scores, name) for name in names]
-            rows.append([scores.name, *("-" if value is None else f"{value:.4f}" for value in values)])
+            rows.append([scores.name, *(cell(getattr(scores, name)) for name in names)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{self.pairs} pairs at {self.size} px, scored by {self.perceptual}"]
         for name, *cells in rows:
             lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
         return "\n".join(lines)
+
+
+def cell(value: float | str | None) -> str:
+    """Of the table."""
+    return f"{value:.4f}" if isinstance(value, float) else value or "-"
 
 
 def evaluate(
@@ -131,8 +136,8 @@ def evaluate(
     scores = []
     for name, values in measured.items():
         means = {measure: fmean(value[measure] for value in values) for measure in values[0]}
-        seconds = median(sources[name].seconds) if name in networks else None
-        scores.append(Scores(name, **means, seconds_per_picture=seconds))
+        seconds, dtype = sources[name].cost() if name in networks else (None, None)
+        scores.append(Scores(name, **means, seconds_per_picture=seconds, dtype=dtype))
     report = Report(f"{kind} ({Path(perceptual).name})", scored, size, scores)
     return report, comparison_sheet(["photo", "painting", *networks, *map(str, results)], rows)
 
@@ -161,6 +166,10 @@ class Network:
         output = self.transfer.stylize(*pictures)
         self.seconds.append(time.perf_counter() - started)
         return to_tensor(output)
+
+    def cost(self) -> tuple[float, str]:
+        """Median seconds, and the dtype they were computed in."""
+        return median(self.seconds), str(self.transfer.dtype).removeprefix("torch.")
 
 
 class Folder:

@@ -27,10 +27,20 @@ def is_large(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and 2 * a.shape[-2] * a.shape[-1] * b.shape[-2] >= LEAST_FLOPS
 
 
+def capabilities() -> dict[str, bool | int | str]:
+    """Of the processor, by name; empty where PyTorch cannot tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; without, oneDNN converts to float32."""
+    return any(capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @lru_cache
 def processor() -> str:
     """Where it was measured what is faster: "Intel", "Zen 4", "other" (Zen 5). Without MKL all are others."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has = capabilities()
     name = has.get("cpu_name", "") if torch.backends.mkl.is_available() else ""
     if "Intel" in name:
         return "Intel"

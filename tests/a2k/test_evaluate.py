@@ -47,7 +47,7 @@ def quick(tiny_vgg, monkeypatch):
 
 def stub(function):
     """A StyleTransfer that computes a function of the photo and the painting."""
-    return SimpleNamespace(stylize=lambda *images: to_pil(function(*map(to_tensor, images))))
+    return SimpleNamespace(stylize=lambda *images: to_pil(function(*map(to_tensor, images))), dtype=torch.float16)
 
 
 def score(folders, function, **options):
@@ -200,6 +200,7 @@ def test_the_photo_unchanged(folders, vgg16_file):
     assert (unchanged.pop("name"), scores.pop("name")) == ("photo unchanged", "stub")
     assert unchanged.pop("seconds_per_picture") is None
     assert scores.pop("seconds_per_picture") > 0
+    assert (unchanged.pop("dtype"), scores.pop("dtype")) == (None, "float16")
     assert scores == unchanged
     assert scores["style_loss"] > 0
     assert scores["content_loss"] == pytest.approx(0, abs=1e-6)
@@ -371,9 +372,9 @@ def test_table(capsys, command, tiny_file):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "4 pairs at 32 px, scored by vgg16 (vgg16.safetensors)"
     names = [name.replace("_", " ") for name in MEASURES]
-    assert re.split("  +", lines[1].strip()) == [*names, "s / picture"]
-    assert re.fullmatch(r"photo unchanged( +\d+\.\d{4}){7} +-", lines[2])
-    assert re.fullmatch(rf"{tiny_file}( +-?\d+\.\d{{4}}){{8}}", lines[3])
+    assert re.split("  +", lines[1].strip()) == [*names, "s / picture", "dtype"]
+    assert re.fullmatch(r"photo unchanged( +\d+\.\d{4}){7} +- +-", lines[2])
+    assert re.fullmatch(rf"{tiny_file}( +-?\d+\.\d{{4}}){{8}} +float32", lines[3])
     assert len({len(line) for line in lines[1:]}) == 1
 
 
@@ -383,7 +384,8 @@ def test_json_and_sheet(capsys, command, tiny_file, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert (report["pairs"], report["size"]) == (2, 32)
     assert [scores["name"] for scores in report["scores"]] == ["photo unchanged", str(tiny_file)]
-    assert all(set(scores) == {*MEASURES, "name", "seconds_per_picture"} for scores in report["scores"])
+    assert [scores["dtype"] for scores in report["scores"]] == [None, "bfloat16"]
+    assert all(set(scores) == {*MEASURES, "name", "seconds_per_picture", "dtype"} for scores in report["scores"])
     assert Image.open(tmp_path / "sheet.png").size == (3 * 262 + 6, 2 * 262 + 6 + 16)
 
 

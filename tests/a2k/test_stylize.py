@@ -12,7 +12,7 @@ from tiny import TINY, noise, picture, tiny_model
 from a2k import StyleTransfer
 from a2k.checkpoint import WeightsError, find_weights, load_model
 from a2k.images import ImageError, to_pil, to_tensor
-from a2k.stylize import choose_device, choose_dtype
+from a2k.stylize import choose_device, choose_dtype, default_dtype
 
 ORIENTATION = 0x0112
 
@@ -308,7 +308,17 @@ def test_dtype(dtype, levels, transfer):
 def test_unknown_dtype(dtype):
     with pytest.raises(ValueError, match=f"dtype is {dtype!r}; choose one of float32, float16, bfloat16"):
         StyleTransfer(tiny_model(), dtype=dtype)
-    assert choose_dtype(None) == torch.float32
+
+
+@pytest.mark.parametrize("multiplies", (False, True))
+def test_default_dtype(multiplies, tiny_file, monkeypatch):
+    monkeypatch.setattr("a2k.stylize.multiplies_bfloat16", lambda: multiplies)
+    default = torch.bfloat16 if multiplies else torch.float32
+    assert StyleTransfer(device="cpu").dtype == default
+    assert default_dtype("a2k-lite", torch.device("cuda")) == torch.float32
+    for weights in (tiny_model(), tiny_file, find_weights("a2k-lite")):
+        assert StyleTransfer(weights, device="cpu").dtype == torch.float32
+    assert StyleTransfer(device="cpu", dtype="float32").dtype == torch.float32
 
 
 @pytest.mark.parametrize("device", ("nonsense", "", "cpu:x", "meta", "mps", "hpu", "privateuseone"))

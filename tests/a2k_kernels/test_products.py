@@ -99,3 +99,9 @@ def test_where_mkl_is_fast(monkeypatch):
     for name, dtypes in (("Intel", {torch.float32, torch.bfloat16}), ("Zen 4", {torch.float32}), ("other", set())):
         monkeypatch.setattr(products, "processor", lambda name=name: name)
         assert {x for x in (torch.float32, torch.bfloat16) if products.has_fast_mkl(x)} == dtypes
+
+
+@pytest.mark.parametrize("name", ("avx512_bf16", "amx_bf16", "avx512_f"))
+def test_multiplies_bfloat16(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False, name: True})
+    assert products.multiplies_bfloat16() == (name != "avx512_f")
