@@ -39,7 +39,10 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically.
+
+    With one entry of metadata equal tensors make equal files; of several the order would be random.
+    """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -77,7 +80,7 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: o
 def save_model(model: StyA2K, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write a StyA2K network and its config; dtype, if given, is that of the stored weights."""
     tensors = {name: x.to(dtype or x.dtype) for name, x in model.state_dict().items()}
-    save_tensors(tensors, path, {"format": "a2k", "config": json.dumps(asdict(model.config))})
+    save_tensors(tensors, path, {"config": json.dumps(asdict(model.config))})
 
 
 def load_model(path: str | os.PathLike, backend: str | None = None) -> StyA2K:
@@ -96,7 +99,7 @@ def load_model(path: str | os.PathLike, backend: str | None = None) -> StyA2K:
 
 def save_encoder(encoder: Encoder, kind: str, path: str | os.PathLike) -> None:
     """Write a VGG encoder alone, for training."""
-    save_tensors(encoder.state_dict(), path, {"format": "a2k-encoder", "arch": kind})
+    save_tensors(encoder.state_dict(), path, {"arch": kind})
 
 
 def load_encoder(path: str | os.PathLike) -> tuple[Encoder, str]:

@@ -307,8 +307,7 @@ def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
             raise ValueError(f"{name} is {number}; it must be at least 1")
     first_name, first = next(iter(maps.items()))
     for name, x in maps.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+        check_tensor(name, x)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} is {x.dtype}; it must be float64, float32, float16 or bfloat16")
         if x.dtype != first.dtype and autocast_dtype(x) != autocast_dtype(first):
@@ -326,6 +325,13 @@ def check_maps(block_size: int, num_heads: int, **maps: Tensor) -> None:
             )
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; it must be dense: give {name}.to_dense()")
 
 
 def smallest_size(block_size: int, *maps: Tensor) -> int:
@@ -350,8 +356,7 @@ def check_same_channels(query: Tensor, key: Tensor) -> None:
 def check_aggregates(query: Tensor, key_agg: Tensor, value_agg: Tensor) -> None:
     """Raise unless key_agg and value_agg are (B, num_heads, n, d) and fit the query."""
     for name, x in (("key_agg", key_agg), ("value_agg", value_agg)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+        check_tensor(name, x)
         if x.ndim != 4 or 0 in x.shape[1:]:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; it must be (B, num_heads, n, d), all but B at least 1"

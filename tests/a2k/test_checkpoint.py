@@ -177,6 +177,16 @@ def test_encoder_is_small_enough_for_its_channels(vgg16):
     assert tuple(getattr(vgg16, f"conv{scale}_1").out_channels for scale in range(1, 6)) == VGG_CHANNELS
 
 
+def test_equal_networks_make_equal_files(vgg16, tmp_path):
+    model, files = tiny_model(), {"network": set(), "encoder": set()}
+    for number in range(8):  # two entries of metadata came in either order
+        save_model(model, tmp_path / f"{number}.safetensors")
+        save_encoder(vgg16, "vgg16", tmp_path / f"vgg{number}.safetensors")
+        files["network"].add((tmp_path / f"{number}.safetensors").read_bytes())
+        files["encoder"].add((tmp_path / f"vgg{number}.safetensors").read_bytes())
+    assert {name: len(contents) for name, contents in files.items()} == {"network": 1, "encoder": 1}
+
+
 # --- finding
 
 

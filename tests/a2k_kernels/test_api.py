@@ -64,6 +64,12 @@ def test_map_must_be_a_tensor(operation, name):
 
 
 @pytest.mark.parametrize("operation, name", map_names())
+def test_map_must_be_dense(operation, name):
+    with pytest.raises(TypeError, match=rf"^{name} has layout torch.sparse_coo; .* give {name}.to_dense\(\)$"):
+        run_with(operation, **{name: torch.ones(2, 6, 7, 10).to_sparse()})
+
+
+@pytest.mark.parametrize("operation, name", map_names())
 @pytest.mark.parametrize("shape", [(), (4,), (4, 5, 6), (2, 6, 7, 10, 1), (2, 0, 7, 10), (2, 6, 0, 10), (2, 6, 7, 0)])
 def test_map_must_have_four_dimensions_none_empty(operation, name, shape):
     given = str(shape).replace("(", r"\(").replace(")", r"\)")

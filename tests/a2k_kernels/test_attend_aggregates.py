@@ -150,6 +150,7 @@ def test_one_set_of_keys_serves_a_batch():
         ({"query": torch.ones(1, 6, 4, 5)}, ValueError, "key_agg has batch size 2 but query has 1"),
         ({"query": torch.ones(2, 6, 4, 5).half()}, TypeError, "key_agg is torch.float32 but query is torch.float16"),
         ({"key_agg": None}, TypeError, "key_agg must be a tensor"),
+        ({"value_agg": torch.ones(2, 2, 5, 3).to_sparse()}, TypeError, "value_agg has layout torch.sparse_coo"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'; choose one of"),
     ),
 )
