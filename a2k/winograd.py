@@ -117,19 +117,22 @@ class Winograd:
     def _fill(self, out: Tensor, x: Tensor, relu: bool) -> None:
         """Some rows of tiles of one picture."""
         rows, cols = (ceil(length / OUTPUTS) for length in out.shape[1:])
-        count = next_multiple(rows * cols, TILES)
-        buffer = x.new_empty(count, self.points, len(x))
-        buffer[rows * cols :] = 0
-        tiles = buffer[: rows * cols].view(rows, cols, self.side, self.side, -1)
+        number = rows * cols
+        buffer = x.new_empty(number, self.points, len(x))
+        tiles = buffer.view(rows, cols, self.side, self.side, -1)
         for place, piece in pieces(x, self.side):
             tile, (height, width) = tiles[place], piece.shape[2:4]
             if (height, width) != (self.side, self.side):
                 tile.zero_()
             tile[:, :, :height, :width] = piece
-        values = torch.bmm(self.from_input.expand(count, -1, -1), buffer).view(1, count, 1, -1).permute(0, 3, 1, 2)
+        count = next_multiple(number, TILES)
+        values = x.new_empty(count, self.points, len(x))
+        values[number:] = 0
+        torch.bmm(self.from_input.expand(number, -1, -1), buffer, out=values[:number])
+        values = values.view(1, count, 1, -1).permute(0, 3, 1, 2)
         values = torch.ops.mkldnn._convolution_pointwise(values, *self.parameters, *self.geometry, "none", [], "")
-        values = values.permute(0, 2, 3, 1).reshape(count, self.points, -1)[: rows * cols]
-        result = torch.bmm(self.to_output.expand(rows * cols, -1, -1), values)
+        values = values.permute(0, 2, 3, 1).reshape(count, self.points, -1)[:number]
+        result = torch.bmm(self.to_output.expand(number, -1, -1), values)
         if relu:
             result.relu_()
         result = result.view(rows, cols, OUTPUTS, OUTPUTS, self.channels)
