@@ -38,7 +38,8 @@ class StyleTransfer:
     Args:
         weights: name of a bundled model ("a2k-lite"), path of a checkpoint, or a StyA2K network, which is copied.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: "float32", "float16" or "bfloat16", of the computation; torch's own too. By default see `default_dtype`.
+        dtype: "float32", "float16" or "bfloat16", of the computation; torch's own too. By default float32, but for
+            bundled models bfloat16 on processors that multiply it, see `default_dtype`.
         backend: of the attention operations, see `a2k_kernels`; None is automatic, or what a given network has.
         max_pixels: pictures larger than this are refused.
         max_memory: bytes that feature maps may take in memory; what does not fit goes to temporary files. By default
@@ -236,7 +237,7 @@ def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def default_dtype(weights: str | os.PathLike | StyA2K, device: torch.device) -> torch.dtype:
     """bfloat16 for bundled networks on a processor that multiplies it, float32 otherwise.
 
-    There it takes two thirds of the time, and pictures differ by about one level of 255 in the mean (a2k-lite).
+    There it takes about two thirds of the time, and pictures differ by about one level of 255 in the mean (a2k-lite).
     """
     bundled = not isinstance(weights, StyA2K) and str(weights) in bundled_names()
     return torch.bfloat16 if bundled and device.type == "cpu" and multiplies_bfloat16() else torch.float32

@@ -33,8 +33,9 @@ def capabilities() -> dict[str, bool | int | str]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it; without, oneDNN converts to float32."""
-    return any(capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    """Whether the processor has instructions for it, and oneDNN, which uses them, is there."""
+    has = capabilities()
+    return torch.backends.mkldnn.is_available() and any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @lru_cache

@@ -104,4 +104,6 @@ def test_where_mkl_is_fast(monkeypatch):
 @pytest.mark.parametrize("name", ("avx512_bf16", "amx_bf16", "avx512_f"))
 def test_multiplies_bfloat16(name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False, name: True})
-    assert products.multiplies_bfloat16() == (name != "avx512_f")
+    for has_onednn in (False, True):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda has=has_onednn: has)
+        assert products.multiplies_bfloat16() == (has_onednn and name != "avx512_f")
