@@ -237,7 +237,7 @@ def choose_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def default_dtype(weights: str | os.PathLike | StyA2K, device: torch.device) -> torch.dtype:
     """bfloat16 for bundled networks on a processor that multiplies it, float32 otherwise.
 
-    There it takes about two thirds of the time, and pictures differ by about one level of 255 in the mean (a2k-lite).
+    There it takes about two thirds of the time, and pictures hardly change: see the model card.
     """
     bundled = not isinstance(weights, StyA2K) and str(weights) in bundled_names()
     return torch.bfloat16 if bundled and device.type == "cpu" and multiplies_bfloat16() else torch.float32

@@ -31,7 +31,7 @@ POINTS = {
 LEAST_WEIGHTS = 128 * 256 * 9  # of a layer where it pays
 # It pays sooner where multiplications take longer, compared with all else.
 LEAST_WEIGHTS_ON = {
-    ("Intel", torch.float32): 64 * 128 * 9,
+    ("Intel", torch.float32): 128 * 128 * 9,
     ("Zen 4", torch.float32): 64 * 128 * 9,
     ("Zen 4", torch.bfloat16): 128 * 128 * 9,
 }

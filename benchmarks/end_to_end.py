@@ -331,7 +331,7 @@ Time for one picture, its style included, and the peak memory of the process, on
   has the C library keep freed tiles and the processor take denormal numbers for zero; in your own programs
   `a2k.allocator.keep_freed_tiles()` and `torch.set_flush_denormal(True)`, first, do. The ratio is to *published*
   in the same run.
-- *styled*: the shape of the bundled network, in float32; on processors that multiply bfloat16 its default is faster.
+- *styled*: the shape of the bundled network, in float32, whatever its default dtype.
 
 Up to {LARGEST_PUBLISHED} px the figures are medians of rounds in which the arrangements take turns.
 
@@ -345,8 +345,8 @@ of one 3x3 convolution of 256 channels, measured in the same process: a floor fo
 Ours computes less than the published arrangement: a convolution after upsampling is done before it, with 4/9 of the
 operations, and the projections of a style are made once for all its photos. For 128 x 256 channels and more, minimal
 filtering ([a2k/winograd.py](../a2k/winograd.py)) needs a quarter of the multiplications of a 3x3 convolution, and about
-half of its time. Where multiplications take longer, smaller layers gain as well: on Intel's processors and AMD's Zen 4
-in float32 from 64 x 128 channels on, on the latter in bfloat16 from 128 x 128.
+half of its time. Where multiplications take longer, smaller layers gain as well: in float32 from 128 x 128 channels on
+Intel's processors and 64 x 128 on AMD's Zen 4, there in bfloat16 from 128 x 128.
 
 Where the time goes, style and content of one size:
 

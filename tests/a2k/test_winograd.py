@@ -88,7 +88,8 @@ def test_where_it_pays(processor, monkeypatch):
     assert pays(torch.empty(128, 256, 3, 3))
     assert pays(torch.empty(256, 128, 3, 3, dtype=torch.bfloat16)) == has_bfloat16
     assert pays(torch.empty(128, 128, 3, 3, dtype=torch.bfloat16)) == (has_bfloat16 and processor == "Zen 4")
-    assert pays(torch.empty(128, 64, 3, 3)) == (processor != "other")
+    assert pays(torch.empty(128, 128, 3, 3)) == (processor != "other")
+    assert pays(torch.empty(128, 64, 3, 3)) == (processor == "Zen 4")
     assert not pays(torch.empty(64, 64, 3, 3))
     assert not pays(torch.empty(64, 128, 3, 3, dtype=torch.bfloat16))
     assert not pays(torch.empty(512, 512, 3, 3, dtype=torch.float64))
